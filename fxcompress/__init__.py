@@ -1,0 +1,28 @@
+"""fxcompress: a torch.compile backend that trains in less memory.
+
+    torch.compile(model, backend=fxcompress.backend(budget_mb=4000))
+"""
+
+__version__ = "0.1.0"
+
+from fxcompress.backend import backend, disable, enable, enabled, explain
+from fxcompress.errors import BudgetError, CodecError, FxCompressError, SettingsError
+from fxcompress.plan import Plan, TensorPlan
+from fxcompress.policies import policies
+from fxcompress.rng import manual_seed
+
+__all__ = [
+    "BudgetError",
+    "CodecError",
+    "FxCompressError",
+    "Plan",
+    "SettingsError",
+    "TensorPlan",
+    "backend",
+    "disable",
+    "enable",
+    "enabled",
+    "explain",
+    "manual_seed",
+    "policies",
+]

@@ -1,0 +1,195 @@
+"""The backend: what ``torch.compile`` calls, and the switch for trainers with a closed list."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fxcompress import report, rng, torch_private
+from fxcompress.ledger import Ledger
+from fxcompress.pipeline import Partitioner
+from fxcompress.plan import Plan, merge
+from fxcompress.settings import Settings, make, split_options, update
+
+log = logging.getLogger("fxcompress")
+
+
+class Backend:
+    """A ``torch.compile`` backend; make one a model with :func:`backend`."""
+
+    is_fxcompress_backend = True
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.partitioner = Partitioner(settings, Ledger())
+        self.plans: dict[str, None] = {}
+        self.__name__ = "fxcompress"
+
+    def __call__(
+        self,
+        module: torch.fx.GraphModule,
+        inputs: Sequence[Any],
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Compile one Dynamo graph.
+
+        Args:
+            mode, options: as ``torch.compile`` passes them on; our settings may be among the
+                options, the rest go to Inductor.
+
+        Raises:
+            SettingsError: a bad setting. BudgetError: no plan fits.
+        """
+        ours, patches = split_options(options or {})
+        settings = update(self.settings, ours)
+        if settings != self.partitioner.settings:
+            self.partitioner = Partitioner(settings, self.partitioner.ledger)
+        if settings.seed is not None:
+            rng.manual_seed(settings.seed)
+        frame = torch_private.frame_id()
+        if settings.inner == "aot_eager":
+            compiled = torch_private.compile_with_aot_eager(module, inputs, self.partitioner)
+        else:
+            patches = {**torch_private.mode_options(mode), **patches}
+            compiled = torch_private.compile_with_inductor(
+                module, inputs, self.partitioner, patches
+            )
+        self.plans.update(self.partitioner.plans)
+        return self._watch_first_call(compiled, frame)
+
+    def _watch_first_call(
+        self, compiled: Callable[..., Any], frame: object
+    ) -> Callable[..., Any]:
+        """Learn from the first call which plan a graph has that came from the on-disk cache."""
+        learned = False
+
+        def run(*args: Any) -> Any:
+            nonlocal learned
+            if learned:
+                return compiled(*args)
+            found: dict[str, None] = {}
+            with report.listening(found):
+                result = compiled(*args)
+            learned = True
+            for key in found:
+                if key not in self.plans:
+                    self.plans[key] = None
+                    self.partitioner.ledger.saved[frame] = report.read(key).saved_bytes
+            return result
+
+        for name in ("_boxed_call",):
+            if getattr(compiled, name, False):
+                setattr(run, name, True)
+        return run
+
+    def plan(self) -> Plan:
+        """The plan of all graphs compiled so far.
+
+        Raises:
+            FxCompressError: nothing has been compiled for training yet.
+        """
+        return merge(report.read(key) for key in self.plans)
+
+    def reset(self) -> None:
+        """Forget what was compiled (``torch._dynamo.reset`` calls this)."""
+        self.partitioner = Partitioner(self.settings, Ledger())
+        self.plans.clear()
+
+
+def backend(budget_mb: float | None = None, **settings: Any) -> Backend:
+    """A ``torch.compile`` backend that trains within ``budget_mb`` megabytes of activations.
+
+    Settings not given are read from ``FXCOMPRESS_*`` variables, then take their defaults.
+
+    >>> import torch, fxcompress
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+    >>> compiled = torch.compile(model, backend=fxcompress.backend(budget_mb=4000))
+
+    Args:
+        budget_mb: see :class:`fxcompress.settings.Settings`, also for the other settings.
+
+    Raises:
+        SettingsError: an unknown setting or a value out of range.
+    """
+    if budget_mb is not None:
+        settings["budget_mb"] = budget_mb
+    return Backend(make(**settings))
+
+
+_default: Backend | None = None
+
+
+def fxcompress(
+    module: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any
+) -> Callable[..., Any]:
+    """The backend behind ``torch.compile(model, backend="fxcompress", options={…})``.
+
+    Settings come from ``options`` over the ``FXCOMPRESS_*`` variables.
+    """
+    ours, rest = split_options(kwargs.pop("options", None) or {})
+    return _named(make(**ours))(module, inputs, options=rest, **kwargs)
+
+
+_by_settings: dict[Settings, Backend] = {}
+
+
+def _named(settings: Settings) -> Backend:
+    """One backend for each set of settings, so that the graphs of a model share a ledger."""
+    return _by_settings.setdefault(settings, Backend(settings))
+
+
+@contextmanager
+def enabled(budget_mb: float | None = None, **settings: Any) -> Iterator[Partitioner]:
+    """Compress under the plain ``backend="inductor"`` while inside the ``with`` block.
+
+    For trainers whose list of backends is closed (Accelerate's and so Hugging Face Trainer's). The
+    compile happens at the first step, so the block must cover it; cover the whole training.
+
+    Args, Raises: as :func:`backend`.
+    """
+    before = torch_private.set_global_partitioner(None)
+    torch_private.set_global_partitioner(before)
+    partitioner = enable(budget_mb, **settings)
+    try:
+        yield partitioner
+    finally:
+        torch_private.set_global_partitioner(before)
+
+
+def enable(budget_mb: float | None = None, **settings: Any) -> Partitioner:
+    """Compress under the plain ``backend="inductor"`` from now on. See :func:`enabled`."""
+    if budget_mb is not None:
+        settings["budget_mb"] = budget_mb
+    made = make(**settings)
+    if made.seed is not None:
+        rng.manual_seed(made.seed)
+    partitioner = Partitioner(made, Ledger())
+    torch_private.set_global_partitioner(partitioner)
+    return partitioner
+
+
+def disable() -> None:
+    """Undo :func:`enable`."""
+    torch_private.set_global_partitioner(None)
+
+
+def explain(compiled: Any = None) -> Plan:
+    """What was done to each saved tensor, after the first training step.
+
+    Args:
+        compiled: a model or function compiled with our backend; None, or one compiled under
+            :func:`enabled`: all graphs that ran in this process.
+
+    Raises:
+        FxCompressError: no training step has run yet.
+    """
+    found = None if compiled is None else torch_private.backend_of(compiled)
+    if found is not None:
+        plan: Plan = found.plan()
+        return plan
+    return merge(report.read(key) for key in report.executed())

@@ -1,0 +1,87 @@
+"""Choose: which representations each saved tensor may have, and what each costs in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from fxcompress import torch_private
+from fxcompress.codecs import codec
+from fxcompress.passes import properties as prop
+from fxcompress.passes.analyse import Candidate
+from fxcompress.passes.rewrite import (
+    KEEP,
+    MASKS,
+    SHAPE,
+    Choice,
+    hoisted_nodes,
+    integer_spec,
+)
+
+def exact_choice(candidate: Candidate) -> Choice:
+    """The representation with the fewest bytes among those that change no gradient."""
+    if candidate.keep:
+        return Choice(candidate, KEEP, candidate.keep)
+    if candidate.fake.dtype in prop.INTEGERS:
+        spec = integer_spec(candidate.integers)
+        if spec is None:
+            return Choice(candidate, KEEP, "integers of unknown range")
+        if payload_bytes(candidate, spec) >= candidate.own_bytes:
+            return Choice(candidate, KEEP, "already as narrow as its range")
+        return Choice(candidate, spec, "")
+    if not candidate.smooth:
+        if not candidate.exact:
+            return Choice(candidate, SHAPE, "readers look at its sizes only")
+        return Choice(candidate, MASKS, "readers compare it only")
+    return Choice(candidate, KEEP, "read for its values")
+
+
+def is_codable(candidate: Candidate) -> bool:
+    """A lossy codec may hold it: a float tensor that smooth readers read."""
+    return (
+        not candidate.keep
+        and bool(candidate.smooth)
+        and candidate.fake.dtype not in prop.INTEGERS
+    )
+
+
+def affine_choice(candidate: Candidate, bits: int, group: int) -> Choice:
+    """Group-wise stochastic rounding at ``bits``, or at the fewest bits its readers bear."""
+    width = max(bits, candidate.floor_bits)
+    reason = "" if width == bits else "an exponential reads it"
+    choice = Choice(candidate, f"affine(bits={width},group={group})", reason)
+    if bytes_of(choice, {}) >= candidate.own_bytes:
+        return Choice(candidate, KEEP, "no smaller when coded")
+    return choice
+
+
+def payload_bytes(candidate: Candidate, spec: str) -> int:
+    """Bytes of the tensor's own payload under ``spec``."""
+    return codec(spec).payload_bytes(torch_private.size_hint(candidate.fake.numel()))
+
+
+def mask_bytes(choices: Sequence[Choice]) -> dict[str, int]:
+    """Bytes of hoisted nodes, by name of the candidate that pays for them."""
+    paid: dict[str, int] = {}
+    for node, choice in hoisted_nodes(choices).items():
+        name = choice.candidate.name
+        paid[name] = paid.get(name, 0) + hoisted_bytes(node)
+    return paid
+
+
+def hoisted_bytes(node: fx.Node) -> int:
+    """Bytes saved for one hoisted boolean or integer node."""
+    value = prop.value(node)
+    numel = torch_private.size_hint(value.numel())
+    spec = integer_spec(prop.integer_range(node))
+    return numel * value.element_size() if spec is None else codec(spec).payload_bytes(numel)
+
+
+def bytes_of(choice: Choice, masks: dict[str, int]) -> int:
+    """Bytes saved for the tensor under ``choice``, its share of ``mask_bytes`` included."""
+    candidate = choice.candidate
+    if choice.representation == KEEP:
+        return candidate.storage_bytes
+    own = 0 if choice.codec_spec is None else payload_bytes(candidate, choice.codec_spec)
+    return own + masks.get(candidate.name, 0)

@@ -1,0 +1,70 @@
+"""The C++ kernels of `codecs.cpp`, through ctypes. Tensors here are flat or dense CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from importlib.resources import files
+
+import torch
+from torch import Tensor
+
+from fxcompress.torch_private import load_cpp
+
+_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# Below this many elements (about 20 us of work), waking other threads costs more than it saves.
+_PARALLEL = 1 << 16
+
+_pointer, _i64, _int, _u32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32
+_ARGUMENTS = {
+    "fxc_affine_encode": (_pointer, _pointer, _i64, _i64, _int, _int, _u32, _u32, _int),
+    "fxc_affine_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _int),
+    "fxc_bits_encode": (_pointer, _pointer, _i64, _i64, _int, _int, _int),
+    "fxc_bits_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _int),
+}
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    source = files("fxcompress.kernels").joinpath("codecs.cpp").read_text(encoding="utf-8")
+    library = load_cpp(source)
+    if library is not None:
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, ctypes.c_bool
+    return library
+
+
+def available() -> bool:
+    """True where the kernels could be compiled. The first call compiles them (some seconds)."""
+    return _library() is not None
+
+
+def affine_encode(x: Tensor, payload: Tensor, bits: int, group: int, k_a: int, k_b: int) -> None:
+    """Write the payload of `x` (float32, bfloat16 or float16). See `codecs.affine`."""
+    kind = _FLOATS[x.dtype]
+    _call("fxc_affine_encode", x, x, payload, group, bits, kind, k_a, k_b)
+
+
+def affine_decode(payload: Tensor, x: Tensor, bits: int, group: int) -> None:
+    """Fill `x` (float32, bfloat16 or float16) from its payload. See `codecs.affine`."""
+    _call("fxc_affine_decode", x, payload, x, group, bits, _FLOATS[x.dtype])
+
+
+def bits_encode(x: Tensor, payload: Tensor, bits: int, low: int) -> None:
+    """Write the payload of `x` (bool or integers). See `codecs.bits`."""
+    _call("fxc_bits_encode", x, x, payload, low, bits, x.element_size())
+
+
+def bits_decode(payload: Tensor, x: Tensor, bits: int, low: int) -> None:
+    """Fill `x` (bool or integers) from its payload. See `codecs.bits`."""
+    _call("fxc_bits_decode", x, payload, x, low, bits, x.element_size())
+
+
+def _call(name: str, x: Tensor, source: Tensor, target: Tensor, *arguments: int) -> None:
+    numel = x.numel()
+    threads = torch.get_num_threads() if numel >= _PARALLEL else 1
+    function = getattr(_library(), name)
+    if not function(source.data_ptr(), target.data_ptr(), numel, *arguments, threads):
+        raise AssertionError(f"{name} has no kernel for {arguments}")  # codecs check before

@@ -1,0 +1,105 @@
+"""The three operators that a rewritten graph calls: fxcompress::next_key, encode and decode.
+
+They are opaque to Inductor (single-pass kernels), deterministic given their key, and carry no
+autograd formula: they appear in graphs that AOTAutograd has already differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fxcompress import rng
+from fxcompress.codecs import codec as parse
+
+# Called with the plan's name whenever a step draws its key, before anything is encoded.
+on_step: list[Callable[[str], None]] = []
+
+_library = torch.library.Library("fxcompress", "DEF")
+# flexible_layout: encode sorts out any layout by itself, and an Inductor that laid x out anew
+# should not pay for a copy that restores the traced strides.
+_library.define(
+    "encode(Tensor x, Tensor? key, str codec, int stream, int[] order) -> Tensor",
+    tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
+)
+_library.define(
+    "decode(Tensor payload, Tensor? key, str codec, int stream, SymInt[] shape, int[] order, "
+    "ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
+)
+# nondeterministic_seeded: never merged with another call, folded into a constant or recomputed.
+_library.define(
+    "next_key(str plan, Device device) -> Tensor",
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
+)
+
+
+def encode(x: Tensor, key: Tensor | None, codec: str, stream: int, order: Sequence[int]) -> Tensor:
+    """The payload, uint8[codec.payload_bytes(numel)], of x.
+
+    order: the dimensions of x from slowest to fastest in memory, as (0, 2, 3, 1) for channels-last.
+    The payload holds the elements in that order. Where x is not laid out so, it is copied first.
+    """
+    return parse(codec).encode(x.permute(order).contiguous(), key, stream)
+
+
+def decode(
+    payload: Tensor,
+    key: Tensor | None,
+    codec: str,
+    stream: int,
+    shape: Sequence[int],
+    order: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The tensor of a payload: `shape` as x had it, its memory dense in `order`."""
+    stored = [shape[dim] for dim in order]
+    return parse(codec).decode(payload, stored, dtype, key, stream).permute(_inverse(order))
+
+
+def next_key(plan: str, device: torch.device) -> Tensor:
+    """This step's key, int64[2] on `device`; advances the step and calls the `on_step` hooks.
+
+    plan: the name under which a runtime finds the plan of the calling graph.
+    """
+    key = rng.next_key(device)
+    for hook in on_step:
+        hook(plan)
+    return key
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+_library.impl("encode", encode, "CompositeExplicitAutograd")
+_library.impl("decode", decode, "CompositeExplicitAutograd")
+_library.impl("next_key", next_key, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fxcompress::encode", lib=_library)
+def _encode_fake(
+    x: Tensor, key: Tensor | None, codec: str, stream: int, order: Sequence[int]
+) -> Tensor:
+    return x.new_empty(parse(codec).payload_bytes(x.numel()), dtype=torch.uint8)
+
+
+@torch.library.register_fake("fxcompress::decode", lib=_library)
+def _decode_fake(
+    payload: Tensor,
+    key: Tensor | None,
+    codec: str,
+    stream: int,
+    shape: Sequence[int],
+    order: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    stored = [shape[dim] for dim in order]
+    return payload.new_empty(stored, dtype=dtype).permute(_inverse(order))
+
+
+@torch.library.register_fake("fxcompress::next_key", lib=_library)
+def _next_key_fake(plan: str, device: torch.device) -> Tensor:
+    return torch.empty(2, dtype=torch.int64, device=device)

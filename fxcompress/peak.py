@@ -1,0 +1,259 @@
+"""Peak: a model of the memory timeline of one training step, linear in the choices.
+
+Time runs over the nodes of the forward, then of the backward, in graph order. A node owns a buffer
+if Inductor must write it to memory: calls that do not fuse (matrix products, convolutions, our
+codecs), reductions, outputs, and pointwise results that such a call reads or that are read on both
+sides of one. Everything else lives in registers of a fused loop, and whatever it reads stays alive
+until the loop runs. Parameters, their gradients and the step's inputs are not counted.
+
+Each saved tensor contributes by its representation: kept, its bytes from birth to its last reader;
+coded, its bytes until the last forward reader, the payload from there to the last decode, and a
+decoded copy around each cluster of readers.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import fx
+
+from fxcompress import torch_private
+from fxcompress.choose import hoisted_bytes, payload_bytes
+from fxcompress.passes import properties as prop
+from fxcompress.passes.analyse import Candidate
+from fxcompress.passes.capture import Cut, output_args, placeholders
+from fxcompress.passes.insert import clusters
+from fxcompress.passes.rewrite import KEEP, Choice, hoisted_nodes
+
+Bytes = npt.NDArray[np.float64]
+
+_REDUCTIONS = frozenset(
+    "sum mean var_mean var amax amin argmax argmin prod any all cumsum _softmax _log_softmax "
+    "native_batch_norm native_layer_norm native_group_norm max min linalg_vector_norm".split()
+)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Bytes alive at each position of the step; see the module docstring.
+
+    Attributes:
+        base: buffers that no choice changes.
+        kept: by candidate, bytes if it is kept.
+        dropped: by candidate, bytes of the original if the backward does without it.
+        decoded: by candidate, bytes of decoded copies if it is coded.
+        held: by candidate, 1 while its payload is alive.
+        masks: by hoisted node, bytes of its payload and unpacked copies.
+        mask_payload: by hoisted node, bytes of its payload.
+        names: node at each position.
+    """
+
+    base: Bytes
+    kept: dict[str, Bytes]
+    dropped: dict[str, Bytes]
+    decoded: dict[str, Bytes]
+    held: dict[str, Bytes]
+    masks: dict[fx.Node, Bytes]
+    mask_payload: dict[fx.Node, int]
+    names: tuple[str, ...]
+
+    def of(self, choice: Choice) -> Bytes:
+        """What one choice adds at each position, hoisted masks apart."""
+        name, spec = choice.candidate.name, choice.codec_spec
+        if choice.representation == KEEP:
+            return self.kept[name]
+        if spec is None:
+            return self.dropped[name]
+        payload = self.held[name] * payload_bytes(choice.candidate, spec)
+        return self.dropped[name] + self.decoded[name] + payload
+
+    def total(self, choices: Sequence[Choice]) -> Bytes:
+        """Bytes alive at each position under ``choices``."""
+        total = self.base.copy()
+        for choice in choices:
+            total += self.of(choice)
+        for node in hoisted_nodes(choices):
+            total += self.masks[node]
+        return total
+
+    def peak(self, choices: Sequence[Choice]) -> int:
+        return int(self.total(choices).max(initial=0.0))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Positions of all nodes, which own memory, and the last position that reads each."""
+
+    at: dict[fx.Node, int]
+    owners: frozenset[fx.Node]
+    last: dict[fx.Node, int]
+    end_forward: int
+    end: int
+
+    def span(self, first: int, last: int, size: float) -> Bytes:
+        result = np.zeros(self.end + 1)
+        result[first : last + 1] = size
+        return result
+
+    def birth(self, node: fx.Node) -> int:
+        """Position of the kernel that writes the node's memory."""
+        producer = node.args[0] if node.target is operator.getitem else node
+        assert isinstance(producer, fx.Node)
+        return self.at[producer]
+
+
+def timeline(cut: Cut, candidates: Sequence[Candidate]) -> Timeline:
+    """The memory timeline of ``cut``, with what each candidate adds kept apart."""
+    step = _step(cut)
+    held_by_user = {prop.storage_root(n) for n in cut.outputs if isinstance(n, fx.Node)}
+    coded_roots = {prop.storage_root(c.saved.forward) for c in candidates} - held_by_user
+    received = {s.backward for s in cut.saved}
+    gradients = _parameter_gradients(cut)
+    inputs = set(placeholders(cut.forward))
+
+    base = np.zeros(step.end + 1)
+    for node in step.owners:
+        if node in coded_roots or node in received or node in gradients or node in inputs:
+            continue
+        last = step.end if node in held_by_user else step.last[node]
+        first = step.end_forward + 1 if node.op == "placeholder" else step.birth(node)
+        base[first : last + 1] += _bytes(node)
+
+    kept, dropped, decoded, held = {}, {}, {}, {}
+    masks: dict[fx.Node, Bytes] = {}
+    for candidate in candidates:
+        name, saved = candidate.name, candidate.saved
+        root = prop.storage_root(saved.forward)
+        born = step.birth(root)
+        used = max(min(step.last[root], step.end_forward - 1), step.at[saved.forward])
+        needed = max(step.last[saved.backward], used)
+        size = 0 if root in held_by_user else candidate.own_bytes
+        kept[name] = step.span(born, needed, size)
+        dropped[name] = step.span(born, used, size)
+        readers = _live_readers(candidate)
+        decoded[name] = _copies(step, cut, readers, candidate.own_bytes)
+        for node in candidate.attention:  # its forward runs again, into a buffer of q's size
+            decoded[name] += step.span(step.at[node], step.at[node], candidate.own_bytes)
+        held[name] = step.span(used, _last_decode(step, cut, readers, used), 1)
+        for node in candidate.exact:
+            if node not in masks:
+                exact_readers = list(node.users)
+                last = _last_decode(step, cut, exact_readers, used)
+                masks[node] = step.span(step.at[saved.forward], last, hoisted_bytes(node))
+                masks[node] += _copies(step, cut, exact_readers, _bytes(node))
+    names = (n.name for module in (cut.forward, cut.backward) for n in module.graph.nodes)
+    payloads = {node: hoisted_bytes(node) for node in masks}
+    return Timeline(base, kept, dropped, decoded, held, masks, payloads, tuple(names))
+
+
+def _copies(
+    step: _Step, cut: Cut, readers: Sequence[fx.Node], size: float
+) -> Bytes:
+    """Bytes of decoded copies: one alive around each cluster of direct readers."""
+    total = np.zeros(step.end + 1)
+    for cluster in clusters(cut.backward.graph, readers):
+        last = max(step.at[r] if r in step.owners else step.last[r] for r in cluster)
+        total = np.maximum(total, step.span(step.at[cluster[0]], last, size))
+    return total
+
+
+def _live_readers(candidate: Candidate) -> list[fx.Node]:
+    """Direct backward readers that are left once the exact nodes have been hoisted."""
+    smooth = set(candidate.smooth)
+    known: dict[fx.Node, bool] = {}
+
+    def leads_to_smooth(node: fx.Node) -> bool:
+        if node not in known:
+            known[node] = node in smooth or (
+                not prop.is_integer(node) and any(leads_to_smooth(u) for u in node.users)
+            )
+        return known[node]
+
+    return [u for u in candidate.saved.backward.users if leads_to_smooth(u)]
+
+
+def _step(cut: Cut) -> _Step:
+    forward, backward = list(cut.forward.graph.nodes), list(cut.backward.graph.nodes)
+    at = {node: i for i, node in enumerate([*forward, *backward])}
+    owners: set[fx.Node] = set()
+    last: dict[fx.Node, int] = {}
+    for graph in (forward, backward):
+        _follow_reads(graph, at, owners, last)
+    return _Step(at, frozenset(owners), last, len(forward) - 1, len(at) - 1)
+
+
+def _follow_reads(
+    graph: list[fx.Node], at: dict[fx.Node, int], owners: set[fx.Node], last: dict[fx.Node, int]
+) -> None:
+    """Fill ``owners`` and ``last`` for one graph, readers before what they read."""
+    region, regions = 0, {}
+    for node in graph:
+        region += prop.is_extern(node)
+        regions[at[node]] = region
+    for node in reversed(graph):
+        positions = [at[node]]
+        written = False
+        for user in node.users:
+            if user.op == "output" or prop.is_extern(user):
+                written = True
+                positions.append(at[user])
+            elif prop.is_view(user) or user.target is operator.getitem:
+                written = written or user in owners
+                positions.append(last[user])
+            elif user in owners:
+                # A fused loop may write over what it is the last to read.
+                positions.append(at[user] - (prop.is_pointwise(user) and _bytes(user) == _bytes(node)))
+            else:
+                positions.append(last[user])
+        last[node] = max(positions)
+        owns = node.op == "placeholder" or (
+            prop.is_tensor(node)
+            and (
+                _writes_memory(node)
+                or written
+                or regions[at[node]] != regions[last[node]]
+            )
+        )
+        if owns:
+            owners.add(node)
+    for node in graph:  # a view lives in its root's memory
+        if prop.is_view(node) or (node.target is operator.getitem and prop.is_view(node.args[0])):  # type: ignore[arg-type]
+            owners.discard(node)
+            root = prop.storage_root(node)
+            if node in last and root in last:
+                last[root] = max(last[root], last[node])
+                if prop.is_tensor(root):
+                    owners.add(root)
+
+
+def _writes_memory(node: fx.Node) -> bool:
+    source = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(source, fx.Node)
+    return prop.is_extern(source) or prop.op_name(source) in _REDUCTIONS
+
+
+def _last_decode(step: _Step, cut: Cut, readers: Sequence[fx.Node], default: int) -> int:
+    """Position of the last decode: where the payload dies."""
+    found = clusters(cut.backward.graph, readers)
+    return step.at[found[-1][0]] if found else default
+
+
+def _parameter_gradients(cut: Cut) -> set[fx.Node]:
+    """Backward outputs that are gradients of parameters: not activation memory."""
+    return {
+        prop.storage_root(node)
+        for i, node in enumerate(output_args(cut.backward))
+        if i in cut.static_inputs and isinstance(node, fx.Node)
+    }
+
+
+def _bytes(node: fx.Node) -> int:
+    value = prop.value(node)
+    if not isinstance(value, torch.Tensor):
+        return 0
+    return torch_private.size_hint(value.numel()) * value.element_size()

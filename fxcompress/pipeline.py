@@ -1,0 +1,106 @@
+"""The pipeline: capture → analyse → plan → rewrite, as the partitioner that AOTAutograd calls."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from fxcompress import __version__, report, torch_private
+from fxcompress.errors import BudgetError
+from fxcompress.ledger import Ledger
+from fxcompress.passes.analyse import analyse
+from fxcompress.passes.capture import CaptureError, Cut, pair
+from fxcompress.passes.rewrite import rewrite
+from fxcompress.planner import describe, make_plan
+from fxcompress.policies import policy
+from fxcompress.settings import Settings
+
+log = logging.getLogger("fxcompress")
+
+_Modules = tuple[fx.GraphModule, fx.GraphModule]
+
+
+class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
+    """Splits a joint graph as plain Inductor does, then compresses what passes between the parts.
+
+    Attributes:
+        settings: what the user asked for.
+        ledger: saved bytes of the model's other graphs, which count against the same budget.
+        plans: plan of each graph partitioned by this instance, by plan key.
+    """
+
+    def __init__(self, settings: Settings, ledger: Ledger | None = None) -> None:
+        self.settings = settings
+        self.ledger = ledger or Ledger()
+        self.plans: dict[str, None] = {}
+
+    def uuid(self) -> str:
+        """Part of the on-disk cache key: a graph built under another plan is never returned.
+
+        A plan follows from the joint graph (in the key already) and from these.
+        """
+        return "|".join(
+            ("fxcompress", __version__, _sources_hash(), self.settings.key(), self.ledger.key())
+        )
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> _Modules:
+        """Partition ``gm`` (see ``CustomPartitionerFn``).
+
+        Raises:
+            BudgetError: no plan keeps the step's peak under the budget.
+        """
+        static = kwargs.get("static_lifetime_input_indices") or ()
+        plain = torch_private.min_cut(gm, joint_inputs, **kwargs)
+        if not policy(self.settings.policy).enabled:
+            return plain
+        try:
+            cut = pair(*plain, kwargs["num_fwd_outputs"], static)
+            return self._compress(cut.copy()) or plain
+        except BudgetError:
+            raise
+        except CaptureError as error:
+            log.warning("left as plain Inductor: %s", error)
+        except Exception:
+            log.exception("left as plain Inductor: a pass failed; please report this")
+        return plain
+
+    def _compress(self, cut: Cut) -> _Modules | None:
+        """The two graphs of the plan, made from ``cut`` in place; None to leave all as it was."""
+        candidates = analyse(cut, self.settings.min_bytes)
+        if not candidates:
+            log.info("left as plain Inductor: nothing is saved for the backward")
+            return None
+        decision = make_plan(cut, candidates, self.settings, self.ledger.reserved())
+        plan = describe(decision, self.settings)
+        log.info("%s", plan)
+        self.ledger.record(plan.saved_bytes)
+        key = report.store(plan)
+        self.plans[key] = None
+        if not decision.changes_anything:
+            log.info("left as plain Inductor: %s", plan.note)
+            return None
+        lays_out = self.settings.inner == "inductor"
+        channels_last = lays_out and torch_private.prefers_channels_last(cut.forward)
+        rewritten = rewrite(cut, decision.choices, key, channels_last=channels_last)
+        return rewritten.forward, rewritten.backward
+
+
+@cache
+def _sources_hash() -> str:
+    """Hash of the package's own sources: another version of a pass is another plan."""
+    import fxcompress.passes
+
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent, Path(fxcompress.passes.__path__[0])):
+        for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.cpp")]):
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,183 @@
+"""The plan as data: what happens to each saved tensor, and why. Printed, saved, compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fxcompress.errors import FxCompressError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One saved tensor.
+
+    Attributes:
+        name: node name in the joint graph.
+        module: path of the module that made it, as the user wrote it ("layer1.0.relu").
+        source: "file.py:line" of the user's code.
+        op: the operator that produced it.
+        shape, dtype: as saved by plain Inductor.
+        storage_bytes: bytes of the storage it keeps alive; 0 where another entry counts it.
+        smooth_readers, exact_readers: backward ops that read it; the second sort (comparisons,
+            pooling indices, …) never see a decoded value.
+        recompute: cheap ops that would rebuild it from other saved tensors; empty if none would.
+        representation: a codec's spec, "keep", "masks" (only what its exact readers need is
+            saved), "shape" (no reader looks at the values) or "derive" (a view of a saved base).
+        bytes_after: bytes saved for it now, its share of hoisted masks included.
+        reason: why it was left alone, or why it has this representation.
+    """
+
+    name: str
+    module: str
+    source: str
+    op: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    storage_bytes: int
+    smooth_readers: tuple[str, ...]
+    exact_readers: tuple[str, ...]
+    recompute: tuple[str, ...]
+    representation: str
+    bytes_after: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided for one compiled graph, or for all graphs of a model together.
+
+    Attributes:
+        policy, budget_mb: as asked.
+        tensors: one entry a saved tensor.
+        plain_peak_bytes, planned_peak_bytes: modelled peak of activation memory over a step, of
+            plain Inductor and of this plan.
+        note: why nothing was changed, where nothing was.
+        graphs: how many compiled graphs the plan covers.
+    """
+
+    policy: str
+    budget_mb: float | None
+    tensors: tuple[TensorPlan, ...]
+    plain_peak_bytes: int
+    planned_peak_bytes: int
+    note: str = ""
+    graphs: int = 1
+
+    @property
+    def saved_bytes_before(self) -> int:
+        """Bytes of saved activations under plain Inductor, each storage counted once."""
+        return sum(t.storage_bytes for t in self.tensors)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of saved activations under this plan."""
+        return sum(t.bytes_after for t in self.tensors)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            FxCompressError: not a plan, or one of another format version.
+        """
+        try:
+            data: dict[str, Any] = json.loads(text)
+            if data.pop("format") != FORMAT:
+                raise FxCompressError(
+                    "this plan file was written by another version of fxcompress; make it again "
+                    "with fxcompress.explain(model).save(path)"
+                )
+            rows = [{k: _frozen(v) for k, v in row.items()} for row in data.pop("tensors")]
+            return Plan(tensors=tuple(TensorPlan(**row) for row in rows), **data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FxCompressError(f"not a plan file: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json())
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        return Plan.from_json(Path(path).read_text())
+
+    def key(self) -> str:
+        """Content hash: what a compiled graph carries to name the plan it was built from."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:24]
+
+    def __str__(self) -> str:
+        console = Console(width=150, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def __rich__(self) -> Table:
+        budget = "none" if self.budget_mb is None else f"{self.budget_mb:g} MB"
+        title = (
+            f"policy {self.policy}, budget {budget}: saved {_mb(self.saved_bytes_before)} → "
+            f"{_mb(self.saved_bytes)} MB, planned peak {_mb(self.plain_peak_bytes)} → "
+            f"{_mb(self.planned_peak_bytes)} MB"
+        )
+        table = Table(title=title, caption=self.note or None)
+        for column in ("tensor", "module", "shape", "dtype", "representation"):
+            table.add_column(column, overflow="fold")
+        table.add_column("MB before", justify="right")
+        table.add_column("after", justify="right")
+        table.add_column("reason", overflow="fold")
+        for t in self.tensors:
+            shape = "×".join(map(str, t.shape)) or "scalar"
+            table.add_row(
+                t.name,
+                t.module,
+                shape,
+                t.dtype.removeprefix("torch."),
+                t.representation,
+                _mb(t.storage_bytes),
+                _mb(t.bytes_after),
+                t.reason,
+            )
+        return table
+
+
+def merge(plans: Iterable[Plan]) -> Plan:
+    """One plan for all graphs of a model: tensors together, the higher of the peaks.
+
+    The peak of several graphs is that of the worst one on top of what the others keep saved;
+    each graph's own plan has that already counted in (see :mod:`fxcompress.ledger`).
+    """
+    plans = list(plans)
+    if not plans:
+        raise FxCompressError(
+            "no plan yet: plans are made when the first training step compiles the model; run one "
+            "forward and backward pass first"
+        )
+    first = plans[0]
+    if len(plans) == 1:
+        return first
+    return replace(
+        first,
+        tensors=tuple(t for p in plans for t in p.tensors),
+        plain_peak_bytes=max(p.plain_peak_bytes for p in plans),
+        planned_peak_bytes=max(p.planned_peak_bytes for p in plans),
+        note="; ".join(dict.fromkeys(p.note for p in plans if p.note)),
+        graphs=len(plans),
+    )
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.2f}"

@@ -1,0 +1,222 @@
+"""Plan: one representation for each saved tensor, by the policy and under the budget.
+
+With ``policy="auto"`` the widths solve a mixed-integer program: the least added noise such that the
+modelled memory stays under the budget at every position of the step. Noise is priced by an analytic
+prior: at b bits a group of normal values spans about 5.6 standard deviations, so stochastic
+rounding adds ``5.6² / 6 / (2^b − 1)²`` of the tensor's variance, and every tensor's relative noise
+counts alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fxcompress.choose import (
+    affine_choice,
+    bytes_of,
+    exact_choice,
+    is_codable,
+    mask_bytes,
+)
+from fxcompress.errors import BudgetError
+from fxcompress.passes import properties as prop
+from fxcompress.passes.analyse import Candidate, saved_bytes
+from fxcompress.passes.capture import Cut
+from fxcompress.passes.rewrite import KEEP, Choice
+from fxcompress.peak import Timeline, timeline
+from fxcompress.plan import Plan, TensorPlan
+from fxcompress.policies import policy
+from fxcompress.provenance import module_path, source_line
+from fxcompress.settings import Settings
+from fxcompress.solve import Option, build, least_noise, least_peak, least_saved
+
+DEFAULT_BITS = 4  # "auto" with neither budget nor ratio
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Choices for all candidates of one graph, and what they are expected to cost."""
+
+    choices: tuple[Choice, ...]
+    plain_peak: int
+    planned_peak: int
+    note: str
+
+    @property
+    def changes_anything(self) -> bool:
+        return any(c.representation != KEEP for c in self.choices)
+
+
+def make_plan(
+    cut: Cut, candidates: Sequence[Candidate], settings: Settings, reserved: int
+) -> Decision:
+    """Decide for every candidate.
+
+    Args:
+        cut: the graphs.
+        candidates: from :func:`fxcompress.passes.analyse.analyse`.
+        settings: what the user asked for.
+        reserved: bytes that other graphs of the model keep saved meanwhile.
+
+    Raises:
+        BudgetError: the budget is below what the policy can reach.
+    """
+    memory = timeline(cut, candidates)
+    keep = tuple(Choice(c, KEEP, c.keep or "kept") for c in candidates)
+    plain_peak = memory.peak(keep) + reserved
+    budget = settings.budget_bytes
+    if budget is not None and plain_peak <= budget:
+        note = f"plain Inductor needs {plain_peak / 1e6:.1f} MB, within the budget"
+        return Decision(keep, plain_peak, plain_peak, note)
+    choices = _choose(candidates, settings, memory, reserved)
+    planned = memory.peak(choices) + reserved
+    if budget is not None and planned > budget:
+        raise _infeasible(candidates, choices, settings, memory, reserved)
+    note = "" if any(c.representation != KEEP for c in choices) else "nothing to gain"
+    return Decision(choices, plain_peak, planned, note)
+
+
+def _choose(
+    candidates: Sequence[Candidate], settings: Settings, memory: Timeline, reserved: int
+) -> tuple[Choice, ...]:
+    chosen = policy(settings.policy)
+    bits = chosen.bits
+    if chosen.choose:
+        if settings.budget_bytes is not None or settings.ratio_saved is not None:
+            return _solve(candidates, settings, memory, reserved)
+        bits = DEFAULT_BITS
+
+    def fixed(candidate: Candidate) -> Choice:
+        if bits is None or not is_codable(candidate):
+            return exact_choice(candidate)
+        return affine_choice(candidate, bits, settings.group)
+
+    return _tie_storages([fixed(c) for c in candidates])
+
+
+def _tie_storages(choices: Sequence[Choice]) -> tuple[Choice, ...]:
+    """Views of one buffer are coded together or not at all: one kept view keeps all of it."""
+    kept = {
+        prop.storage_root(c.candidate.saved.forward): c.candidate.name
+        for c in choices
+        if c.representation == KEEP
+    }
+
+    def tied(choice: Choice) -> Choice:
+        owner = kept.get(prop.storage_root(choice.candidate.saved.forward))
+        if owner is None or choice.representation == KEEP:
+            return choice
+        return Choice(choice.candidate, KEEP, f"shares its memory with {owner}, which is kept")
+
+    return tuple(tied(c) for c in choices)
+
+
+def noise(bits: int) -> float:
+    """Variance added by stochastic rounding over the variance of a normal tensor; see above."""
+    return 5.6**2 / 6 / (2**bits - 1) ** 2
+
+
+def _ladder(candidate: Candidate, group: int) -> list[Option]:
+    """Every representation of a candidate, the least noisy first."""
+    exact = exact_choice(candidate)
+    ladder = [Option(exact, 0.0)]
+    if exact.representation != KEEP:
+        ladder.append(Option(Choice(candidate, KEEP, "kept"), 0.0))
+    if is_codable(candidate):
+        for bits in range(8, candidate.floor_bits - 1, -1):
+            choice = affine_choice(candidate, bits, group)
+            if choice.representation != KEEP:
+                ladder.append(Option(choice, noise(bits)))
+    return ladder
+
+
+def _solve(
+    candidates: Sequence[Candidate], settings: Settings, memory: Timeline, reserved: int
+) -> tuple[Choice, ...]:
+    """The least noisy choices within the budget or the ratio; the smallest if none are."""
+    program = build([_ladder(c, settings.group) for c in candidates], memory)
+    if settings.budget_bytes is not None:
+        limit = settings.budget_bytes - reserved
+        return least_noise(program, peak=limit) or least_peak(program)
+    assert settings.ratio_saved is not None
+    found = least_noise(program, saved=saved_bytes(candidates) / settings.ratio_saved)
+    if found is None:
+        smallest = least_saved(program)
+        masks = mask_bytes(smallest)
+        ratio = saved_bytes(candidates) / sum(bytes_of(c, masks) for c in smallest)
+        raise BudgetError(
+            f"ratio_saved={settings.ratio_saved:g} is out of reach: this model's saved bytes "
+            f"shrink by {ratio:.1f} at most; ask for ratio_saved={ratio:.1f} or less"
+        )
+    return found
+
+
+def _infeasible(
+    candidates: Sequence[Candidate],
+    choices: Sequence[Choice],
+    settings: Settings,
+    memory: Timeline,
+    reserved: int,
+) -> BudgetError:
+    """The error for a budget out of reach: the smallest that is, and what holds it up."""
+    program = build([_ladder(c, settings.group) for c in candidates], memory)
+    smallest = memory.peak(least_peak(program)) + reserved
+    total = memory.total(choices)
+    position = int(total.argmax())
+    shares = sorted(
+        ((float(memory.of(c)[position]), c.candidate) for c in choices),
+        key=lambda share: -share[0],
+    )
+    holders = ", ".join(
+        f"{c.name} ({module_path(c.saved.forward) or prop.op_name(c.saved.forward)}, "
+        f"{size / 1e6:.1f} MB)"
+        for size, c in shares[:5]
+        if size > 0
+    )
+    planned = float(total[position]) + reserved
+    return BudgetError(
+        f"budget_mb={settings.budget_mb:g} is out of reach with policy={settings.policy!r}, whose "
+        f"peak is {planned / 1e6:.1f} MB; the smallest feasible budget is "
+        f"{_round_up_mb(smallest)} MB (policy='auto'). The peak is at {memory.names[position]}, "
+        f"where these are alive: {holders or 'transients only'}"
+        + (f"; {reserved / 1e6:.1f} MB are saved by other graphs" if reserved else "")
+        + ". Raise the budget, or make the batch smaller"
+    )
+
+
+def _round_up_mb(size: int) -> str:
+    return f"{-(-size // 10**5) / 10:.1f}"
+
+
+def describe(decision: Decision, settings: Settings) -> Plan:
+    """The decision as data for the report."""
+    masks = mask_bytes(decision.choices)
+    return Plan(
+        policy=settings.policy,
+        budget_mb=settings.budget_mb,
+        tensors=tuple(_row(c, masks) for c in decision.choices),
+        plain_peak_bytes=decision.plain_peak,
+        planned_peak_bytes=decision.planned_peak,
+        note=decision.note,
+    )
+
+
+def _row(choice: Choice, masks: dict[str, int]) -> TensorPlan:
+    candidate = choice.candidate
+    node, fake = candidate.saved.forward, candidate.fake
+    return TensorPlan(
+        name=candidate.name,
+        module=module_path(node),
+        source=source_line(node),
+        op=prop.op_name(node),
+        shape=tuple(s if isinstance(s, int) else str(s) for s in fake.shape),
+        dtype=str(fake.dtype),
+        storage_bytes=candidate.storage_bytes,
+        smooth_readers=tuple(prop.op_name(n) for n in candidate.smooth),
+        exact_readers=tuple(prop.op_name(n) for n in candidate.exact),
+        recompute=tuple(prop.op_name(n) for n in candidate.recompute),
+        representation=choice.representation,
+        bytes_after=bytes_of(choice, masks),
+        reason=choice.reason,
+    )

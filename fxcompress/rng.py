@@ -1,0 +1,192 @@
+"""Counter-based random bits: a hash of (seed, step, stream, element index).
+
+Every lowering (ATen reference, C++, Triton) computes the same hash, so that the same key gives
+the same payload bits everywhere. PyTorch's own generators are read (their seed), never advanced:
+dropout and data order are those of a run without compression.
+
+    mix    lowbias32: x ^= x>>16; x *= 0x7feb352d; x ^= x>>15; x *= 0x846ca68b; x ^= x>>16
+           (Chris Wellons, "Prospecting for Hash Functions", 2018; bias 0.17)
+    key    int64[2] = [base, counter], one a step
+    stream h = mix(stream + 0x9E3779B9), then mix(h ^ word) over lo(base), hi(base), lo(counter)
+           and hi(counter) = k_a; k_b = mix(k_a ^ 0x85EBCA6B)
+    hash   mix(mix(i ^ k_a) + k_b) for element i, counted in storage order, all modulo 2^32
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+_MASK64 = (1 << 64) - 1
+_Word = TypeVar("_Word", int, Tensor)
+
+
+def mix(x: _Word) -> _Word:
+    """lowbias32 of a 32-bit word: a Python int, or an int64 tensor of values in [0, 2^32)."""
+    # An int64 product may wrap (0x846ca68b * 2^32 > 2^63); its low 32 bits are still exact.
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & MASK
+    return x ^ (x >> 16)
+
+
+def _stream(base: _Word, counter: _Word, stream: int) -> tuple[_Word, _Word]:
+    seed = mix((stream + 0x9E3779B9) & MASK)
+    h = mix((base & MASK) ^ seed)
+    for word in ((base >> 32) & MASK, counter & MASK, (counter >> 32) & MASK):
+        h = mix(h ^ word)
+    return h, mix(h ^ 0x85EBCA6B)
+
+
+def stream_keys(key: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """(k_a, k_b) of a stream as 0-dim int64 tensors on the key's device, without a sync.
+
+    key: int64[2] from `next_key`; stream: the number of the saved tensor in its plan.
+    """
+    return _stream(key[0], key[1], stream)
+
+
+def stream_key_ints(key: Tensor, stream: int) -> tuple[int, int]:
+    """`stream_keys` as Python ints, for kernels that take scalars. Waits for a CUDA key."""
+    base, counter = key.tolist()
+    return _stream(base, counter, stream)
+
+
+def hash_range(start: int, count: int, k_a: Tensor, k_b: Tensor) -> Tensor:
+    """The hashes of elements start .. start+count: int64[count] with values in [0, 2^32)."""
+    index = torch.arange(start, start + count, dtype=torch.int64, device=k_a.device)
+    return mix((mix((index & MASK) ^ k_a) + k_b) & MASK)
+
+
+# The step state: which seed is in use, and how many steps each device has drawn from it.
+
+_lock = threading.Lock()
+_explicit: int | None = None  # set by manual_seed
+_source: tuple[int, int] | None = None  # (seed, rank) last seen; another one restarts the counters
+_seed = 0  # the seed in use: that of _source, or the one set_state brought back
+_counters: dict[str, int] = {"cpu": 0}  # of CPU, and of devices restored but not used yet
+_device_states: dict[str, Tensor] = {}  # int64[2] = [base, counter], living on the device
+
+
+def _finalize64(x: int) -> int:
+    """splitmix64's output function (Steele, Lea, Flood, OOPSLA 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+def _rank() -> int:
+    dist = torch.distributed
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _base() -> int:
+    """The signed 64-bit base of the seed in use; each rank has its own."""
+    base = _finalize64(_finalize64(_seed & _MASK64) ^ _rank())
+    return base - (1 << 64) if base >> 63 else base
+
+
+def _write(state: Tensor, counter: int) -> None:
+    # In place, so that a captured CUDA graph sees it; fills take a scalar, so nothing waits.
+    state[0].fill_(_base())
+    state[1].fill_(counter)
+
+
+def _restart() -> None:
+    _counters.clear()
+    _counters["cpu"] = 0
+    for state in _device_states.values():
+        _write(state, 0)
+
+
+def _follow_seed() -> None:
+    """Restart from counter 0 where the user's seed, or the rank, is not the last one seen."""
+    global _source, _seed
+    source = (torch.initial_seed() if _explicit is None else _explicit, _rank())
+    if source != _source:
+        _source, _seed = source, source[0]
+        _restart()
+
+
+def _device_state(device: torch.device) -> Tensor:
+    if device.index is None:
+        device = torch.device(device.type, torch.accelerator.current_device_index())
+    name = str(device)
+    if name not in _device_states:
+        state = torch.zeros(2, dtype=torch.int64, device=device)
+        _write(state, _counters.pop(name, 0))
+        _device_states[name] = state
+    return _device_states[name]
+
+
+def prepare(device: torch.device) -> None:
+    """Create a device's state. Call before a CUDA graph is warmed up or captured.
+
+    A state made inside would lie in the graph's private pool, which reuses its memory.
+    """
+    with _lock:
+        _follow_seed()
+        if device.type != "cpu":
+            _device_state(device)
+
+
+def next_key(device: torch.device) -> Tensor:
+    """This step's key, int64[2] = [base, counter] on `device`; advances the device's counter.
+
+    On CUDA the state lives on the device: no sync, and a replayed CUDA graph advances it. A
+    replay runs no Python, so there only `manual_seed` (not `torch.manual_seed`) restarts it.
+    """
+    with _lock:
+        if device.type == "cpu":
+            _follow_seed()
+            counter = _counters["cpu"]
+            _counters["cpu"] = counter + 1
+            return torch.tensor([_base(), counter], dtype=torch.int64)
+        # A restart during capture would be replayed every step.
+        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            _follow_seed()
+        state = _device_state(device)
+        key = state.clone()
+        state[1].add_(1)
+        return key
+
+
+def manual_seed(seed: int | None) -> None:
+    """Use `seed` for all compression noise, from step 0 on every device.
+
+    None goes back to following `torch.manual_seed`, from step 0 too.
+    """
+    global _explicit, _source
+    with _lock:
+        _explicit, _source = seed, None
+        _follow_seed()
+
+
+def get_state() -> dict[str, Any]:
+    """The state as a JSON-able dict for checkpoints. Waits for CUDA devices.
+
+    The rank is not part of it: a state saved on one rank may be loaded on all, and each rank
+    still draws noise of its own.
+    """
+    with _lock:
+        _follow_seed()
+        used = {name: int(state[1].item()) for name, state in _device_states.items()}
+        return {"explicit_seed": _explicit, "seed": _seed, "counters": {**_counters, **used}}
+
+
+def set_state(state: dict[str, Any]) -> None:
+    """Continue from a state of `get_state`, until the user seeds again."""
+    global _explicit, _source, _seed
+    with _lock:
+        _explicit, _source = state["explicit_seed"], None
+        _follow_seed()
+        _seed = state["seed"]
+        _counters.update(state["counters"])
+        for name, device_state in _device_states.items():
+            _write(device_state, _counters.pop(name, 0))

@@ -1,0 +1,135 @@
+"""Settings of one compile: where they come from, whether they make sense, and their cache key."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from fxcompress.errors import SettingsError
+from fxcompress.policies import check_policy
+
+INNER_COMPILERS = ("inductor", "aot_eager")
+ENV_PREFIX = "FXCOMPRESS_"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for. Immutable, hashable, and whole: nothing else steers a plan.
+
+    Attributes:
+        budget_mb: bound on the peak of activation memory over a training step, in MB (1e6 bytes):
+            everything the compiled graphs allocate for intermediates, saved or transient.
+            Parameters, gradients, inputs and optimizer state are not counted. None: no bound.
+        policy: a name from :func:`fxcompress.policies`.
+        seed: seed of the rounding noise; None follows ``torch.manual_seed``.
+        ratio_saved: for ``policy="auto"``: aim at 1/ratio_saved of plain Inductor's saved bytes.
+        inner: ``"inductor"``, or ``"aot_eager"`` for quick debugging without code generation.
+        group: elements that share one scale and minimum.
+        min_bytes: saved tensors smaller than this are left alone.
+    """
+
+    budget_mb: float | None = None
+    policy: str = "auto"
+    seed: int | None = None
+    ratio_saved: float | None = None
+    inner: str = "inductor"
+    group: int = 256
+    min_bytes: int = 16384
+
+    def __post_init__(self) -> None:
+        check_policy(self.policy)
+        if self.budget_mb is not None and not (
+            math.isfinite(self.budget_mb) and self.budget_mb > 0
+        ):
+            raise SettingsError(
+                f"budget_mb={self.budget_mb!r} is not a positive number of megabytes; give the "
+                "activation memory the step may use, e.g. budget_mb=4000, or None for no bound"
+            )
+        if self.ratio_saved is not None and not (
+            math.isfinite(self.ratio_saved) and self.ratio_saved >= 1
+        ):
+            raise SettingsError(
+                f"ratio_saved={self.ratio_saved!r} must be 1 or more: ratio_saved=8 asks for an "
+                "eighth of plain Inductor's saved bytes"
+            )
+        if self.ratio_saved is not None and self.budget_mb is not None:
+            raise SettingsError("give budget_mb or ratio_saved, not both")
+        if self.ratio_saved is not None and self.policy != "auto":
+            raise SettingsError(
+                f"ratio_saved needs a policy that chooses bits; policy={self.policy!r} has its own "
+                'bytes. Use policy="auto" or drop ratio_saved'
+            )
+        if self.inner not in INNER_COMPILERS:
+            raise SettingsError(
+                f"inner={self.inner!r} is not known; choose one of {', '.join(INNER_COMPILERS)}"
+            )
+        if self.group < 8 or self.group % 8:
+            raise SettingsError(f"group={self.group} must be a multiple of 8, 8 or more")
+        if self.min_bytes < 0:
+            raise SettingsError(f"min_bytes={self.min_bytes} must be 0 or more")
+
+    @property
+    def budget_bytes(self) -> int | None:
+        return None if self.budget_mb is None else int(self.budget_mb * 1e6)
+
+    def key(self) -> str:
+        """All that changes a plan, as text (the seed changes noise, not plans)."""
+        return ",".join(f"{k}={v!r}" for k, v in asdict(self).items() if k != "seed")
+
+
+_PARSERS: dict[str, Any] = {
+    "budget_mb": float,
+    "policy": str,
+    "seed": int,
+    "ratio_saved": float,
+    "inner": str,
+    "group": int,
+    "min_bytes": int,
+}
+
+
+def from_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Settings named by ``FXCOMPRESS_BUDGET_MB``, ``FXCOMPRESS_POLICY``, … that are set.
+
+    Raises:
+        SettingsError: a value that does not parse.
+    """
+    found = {}
+    for name, parse in _PARSERS.items():
+        text = environ.get(ENV_PREFIX + name.upper())
+        if text:
+            try:
+                found[name] = parse(text)
+            except ValueError:
+                raise SettingsError(
+                    f"{ENV_PREFIX}{name.upper()}={text!r} is not a valid {parse.__name__}"
+                ) from None
+    return found
+
+
+def make(**given: Any) -> Settings:
+    """Settings from keyword arguments over ``FXCOMPRESS_*`` variables over the defaults.
+
+    Raises:
+        SettingsError: an unknown name or a value out of range.
+    """
+    return update(Settings(), {**from_environment(), **given})
+
+
+def update(settings: Settings, given: Mapping[str, Any]) -> Settings:
+    """``settings`` with the ``given`` fields replaced, each checked."""
+    known = [f.name for f in fields(Settings)]
+    for name in given:
+        if name not in known:
+            raise SettingsError(f"unknown setting {name!r}; known: {', '.join(known)}")
+    return replace(settings, **given)
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``torch.compile(options=…)`` split into (ours, Inductor's)."""
+    known = {f.name for f in fields(Settings)}
+    ours = {k: v for k, v in options.items() if k in known}
+    return ours, {k: v for k, v in options.items() if k not in known}

@@ -1,0 +1,419 @@
+"""Every use of PyTorch's private API, one function each: what, since when, what if it moves."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._profiler import _EventType
+
+log = logging.getLogger("fxcompress")
+
+
+# --- measuring (used by fxcompress.tools) -------------------------------------------------------
+
+
+def allocation_events(profile: torch.profiler.profile) -> list[tuple[int, int, torch.device]]:
+    """(pointer, bytes: negative when freed, device) of each allocator event, in time order.
+
+    Uses `kineto_results.experimental_event_tree()` and `_EventType.Allocation` (2.11 to 2.15), as
+    `torch/profiler/_memory_profiler.py` does: read there for the new names when they move.
+    """
+    results = getattr(profile.profiler, "kineto_results", None)
+    if results is None:
+        raise RuntimeError("the profiler recorded nothing: use it as a context manager first")
+    events, stack = [], list(results.experimental_event_tree())
+    while stack:
+        node = stack.pop()
+        stack.extend(node.children)
+        if node.tag == _EventType.Allocation:
+            fields = node.typed[1]
+            events.append((node.start_time_ns, fields.ptr, fields.alloc_size, fields.device))
+    events.sort(key=lambda event: event[0])
+    return [event[1:] for event in events]
+
+
+def saved_by_node(node: Any) -> list[torch.Tensor]:
+    """Tensors one autograd node holds for its backward.
+
+    Python nodes, compiled graphs included, have the public `saved_tensors`; AOTAutograd puts those
+    it needs no version check for in `_tensors_no_vc_check` (since 2.10; 2.11 to 2.15: an attribute
+    of the node; see `save_from_forward` in aot_autograd's runtime_wrappers.py when it moves). C++
+    nodes show theirs as `_saved_NAME` (public notes on autograd mechanics, since 1.9).
+    """
+    if hasattr(node, "saved_tensors"):
+        found: list[Any] = [*node.saved_tensors, *getattr(node, "_tensors_no_vc_check", ())]
+    else:
+        found = []
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                value = getattr(node, name)
+                found.extend(value if isinstance(value, tuple | list) else [value])
+    return [value for value in found if isinstance(value, torch.Tensor)]
+
+
+def fresh_compile_caches() -> AbstractContextManager[None]:
+    """Empty on-disk and in-memory caches of compiled graphs, for timing a cold compile.
+
+    Uses `torch._inductor.utils.fresh_cache` (2.7 to 2.15; named `fresh_inductor_cache` before).
+    """
+    from torch._inductor.utils import fresh_cache
+
+    return fresh_cache()
+
+
+# --- graphs -------------------------------------------------------------------------------------
+
+
+def is_sym_node(node: Any) -> bool:
+    """The node's value is a symbolic number (torch.fx.experimental.proxy_tensor, 2.1 to 2.15)."""
+    from torch.fx.experimental.proxy_tensor import is_sym_node as check
+
+    return check(node)
+
+
+def is_tangent(node: torch.fx.Node) -> bool:
+    """Placeholder that receives a gradient of a forward output (AOTAutograd names it so)."""
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def must_recompute(node: torch.fx.Node) -> bool:
+    """Tagged by activation checkpointing (`node.meta["recompute"]`, a CheckpointPolicy, 2.4+)."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    return node.meta.get("recompute") in (
+        CheckpointPolicy.MUST_RECOMPUTE,
+        CheckpointPolicy.PREFER_RECOMPUTE,
+    )
+
+
+def must_save(node: torch.fx.Node) -> bool:
+    """Tagged to be saved by a selective checkpoint policy."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    return node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE
+
+
+def is_collective(node: torch.fx.Node) -> bool:
+    """Communication op, its wait included (namespace of functional collectives, 2.1+)."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target.namespace in {
+        "_c10d_functional",
+        "c10d_functional",
+        "fsdp",
+    }
+
+
+def is_subclass(value: object) -> bool:
+    """A tensor subclass other than the tracer's own fake tensor."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, torch.Tensor) and type(value) not in (
+        torch.Tensor,
+        torch.nn.Parameter,
+        FakeTensor,
+    )
+
+
+def size_hint(size: Any) -> int:
+    """A number for a possibly symbolic size: its value on the inputs traced.
+
+    `SymNode.hint` (2.1 to 2.15). Sizes without a hint (data-dependent) count as 1.
+    """
+    if isinstance(size, int):
+        return size
+    hint = getattr(getattr(size, "node", None), "hint", None)
+    return int(hint) if hint is not None else 1
+
+
+def attention_forward(node: torch.fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """Forward (op, arguments after q, k, v, keywords) of a fused attention backward; None if it
+    cannot be repeated.
+
+    Argument orders from `derivatives.yaml`, unchanged 2.5 to 2.15. Dropout inside the attention
+    draws its own random numbers, so such a forward cannot be repeated.
+    """
+    aten = torch.ops.aten
+    args, kwargs = node.args, dict(node.kwargs)
+    scale = {"scale": kwargs["scale"]} if "scale" in kwargs else {}
+    if node.target is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        dropout, causal = args[6], args[7]
+        if dropout != 0.0:
+            return None
+        mask = {"attn_mask": kwargs["attn_mask"]} if kwargs.get("attn_mask") is not None else {}
+        op = aten._scaled_dot_product_flash_attention_for_cpu.default
+        return op, (dropout, causal), {**mask, **scale}
+    if node.target is aten._scaled_dot_product_flash_attention_backward.default:
+        dropout, causal = args[10], args[11]
+        if dropout != 0.0:
+            return None
+        op = aten._scaled_dot_product_flash_attention.default
+        return op, (dropout, causal), scale
+    if node.target is aten._scaled_dot_product_efficient_attention_backward.default:
+        bias, dropout, causal = args[4], args[9], args[11]
+        if dropout != 0.0:
+            return None
+        op = aten._scaled_dot_product_efficient_attention.default
+        return op, (bias, True, dropout, causal), scale
+    return None
+
+
+def attention_statistics(node: torch.fx.Node) -> tuple[int, int]:
+    """Positions of (output, log-sum-exp) among the arguments of a fused attention backward."""
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+    return (5, 6) if node.target is efficient else (4, 5)
+
+
+def fake_mode_of(value: torch.Tensor) -> AbstractContextManager[Any]:
+    """The fake mode a traced value belongs to, so that new values share its symbols.
+
+    `FakeTensor.fake_mode` (2.0 to 2.15). A real tensor gives a context that does nothing.
+    """
+    mode = getattr(value, "fake_mode", None)
+    return nullcontext() if mode is None else mode
+
+
+def size_arguments(graph: torch.fx.Graph, value: torch.Tensor) -> list[Any]:
+    """Sizes of ``value`` as arguments for a node: ints, or nodes that compute symbolic sizes.
+
+    The symbols come from the graph's symbolic placeholders; expressions over them are spelled out
+    by `sympy_interp` with `PythonReferenceAnalysis`, as `insert_deferred_runtime_asserts` does
+    (2.4 to 2.15).
+    """
+    if all(isinstance(size, int) for size in value.shape):
+        return list(value.shape)
+    from torch.fx.experimental.sym_node import SymNode  # noqa: F401  (loads the symbol machinery)
+    from torch.fx.proxy import GraphAppendingTracer, Proxy
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    tracer = GraphAppendingTracer(graph)
+    symbols = {
+        node.meta["val"].node.expr: Proxy(node, tracer=tracer)
+        for node in graph.find_nodes(op="placeholder")
+        if is_sym_node(node) and node.meta["val"].node.expr.is_symbol
+    }
+    sizes: list[Any] = []
+    for size in value.shape:
+        if isinstance(size, int):
+            sizes.append(size)
+            continue
+        proxy = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr)
+        if isinstance(proxy, Proxy):
+            proxy.node.meta.setdefault("val", size)
+            sizes.append(proxy.node)
+        else:
+            sizes.append(int(proxy))
+    return sizes
+
+
+def prefers_channels_last(module: torch.fx.GraphModule) -> bool:
+    """Inductor will lay convolution outputs of this graph out with channels fastest.
+
+    `GraphLowering.decide_layout_opt` (2.0 to 2.15; keyword `is_inference`). If it moves, False is
+    safe: encodes then copy where Inductor chose otherwise.
+    """
+    from torch._inductor.graph import GraphLowering
+
+    try:
+        return bool(GraphLowering.decide_layout_opt(module, is_inference=False))
+    except Exception as error:
+        log.warning("cannot ask Inductor for its layout choice: %s", error)
+        return False
+
+
+def is_unchecked(node: torch.fx.Node) -> bool:
+    """Saved without a version check (`ctx.x = x`): such tensors come last among saved ones.
+
+    `node.meta["saved_tensor_with_no_vc_check"]`, read by AOTAutograd (2.10 to 2.15).
+    """
+    return bool(node.meta.get("saved_tensor_with_no_vc_check", False))
+
+
+def copy_unchecked_mark(source: torch.fx.Node, target: torch.fx.Node) -> bool:
+    """Put ``target`` in the same half of the saved tensors as ``source``; the mark."""
+    if is_unchecked(source):
+        target.meta["saved_tensor_with_no_vc_check"] = True
+    return is_unchecked(source)
+
+
+def describe_saved(output: torch.fx.Node, num_outputs: int) -> None:
+    """Bring the output node's descriptions in step with its arguments.
+
+    `meta["desc"]` (descriptors.py, 2.8 to 2.15) and `meta["output_stack_traces"]` (2.12+): lists
+    parallel to the outputs.
+    """
+    from torch._functorch._aot_autograd import descriptors
+
+    values = list(output.args[0])  # type: ignore[arg-type]
+    checked = descriptors.SavedForBackwardsAOTOutput
+    unchecked = getattr(descriptors, "SavedForBackwardsNoVcCheckAOTOutput", checked)
+    if "desc" in output.meta:
+        output.meta["desc"] = [
+            *list(output.meta["desc"])[:num_outputs],
+            *(
+                (unchecked if is_unchecked(node) else checked)(i)
+                for i, node in enumerate(values[num_outputs:])
+            ),
+        ]
+    if "output_stack_traces" in output.meta:
+        output.meta["output_stack_traces"] = [
+            node.meta.get("stack_trace") if isinstance(node, torch.fx.Node) else None
+            for node in values
+        ]
+
+
+# --- compiling ----------------------------------------------------------------------------------
+
+
+def partitioner_base() -> type:
+    """`CustomPartitionerFn` (2.9 to 2.15): what `custom_partitioner_fn` accepts."""
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+    return CustomPartitionerFn
+
+
+def min_cut(
+    joint: torch.fx.GraphModule, inputs: Sequence[object], **kwargs: Any
+) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
+    """PyTorch's own partitioner, which plain Inductor uses (`torch._functorch.partitioners`)."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    return min_cut_rematerialization_partition(joint, inputs, **kwargs)
+
+
+def compile_with_inductor(
+    module: torch.fx.GraphModule,
+    inputs: Sequence[Any],
+    partitioner: object | None,
+    patches: dict[str, Any],
+) -> Callable[..., Any]:
+    """Inductor, with our partitioner in place of its own.
+
+    `compile_fx(config_patches={"custom_partitioner_fn": …})` (2.9 to 2.15). The patch covers the
+    lazy compile of the backward too, and is part of the on-disk cache key through `uuid()`.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    if partitioner is not None:
+        patches = {**patches, "custom_partitioner_fn": partitioner}
+    return compile_fx(module, inputs, config_patches=patches or None)  # type: ignore[arg-type]
+
+
+def compile_with_aot_eager(
+    module: torch.fx.GraphModule, inputs: Sequence[Any], partitioner: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    """AOTAutograd with Inductor's decompositions and our partitioner, graphs run op by op.
+
+    As `aot_eager_decomp_partition` in torch/_dynamo/backends/debugging.py (2.0 to 2.15).
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+    from torch._inductor.decomposition import select_decomp_table
+
+    return aot_autograd(
+        fw_compiler=boxed_nop,
+        bw_compiler=boxed_nop,
+        decompositions=select_decomp_table,
+        partition_fn=partitioner or min_cut,
+    )(module, inputs)
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Inductor settings behind ``torch.compile(mode=…)`` (`list_mode_options`, public, 2.0+)."""
+    return dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
+
+
+def set_global_partitioner(partitioner: object | None) -> object | None:
+    """Install a partitioner under the plain Inductor backend; the one that was there before."""
+    from torch._inductor import config
+
+    before = config.custom_partitioner_fn
+    config.custom_partitioner_fn = partitioner  # type: ignore[assignment]
+    return before
+
+
+def cache_dir() -> Path:
+    """Inductor's on-disk cache (`cache_dir`, 2.2 to 2.15)."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir as directory
+
+    return Path(directory())
+
+
+def frame_id() -> object:
+    """Which piece of user code is being compiled: equal for recompiles of the same piece.
+
+    `CompileContext.current_compile_id().frame_id` (2.1 to 2.15); None outside a compile.
+    """
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    return None if current is None else current.frame_id
+
+
+def backend_of(compiled: Any) -> Any:
+    """The backend a compiled module or function was made with, None if it is not compiled.
+
+    Dynamo keeps it as `get_compiler_config`/`_torchdynamo_orig_backend` on its callback (2.1 to
+    2.15; older: `_torchdynamo_orig_callable`); the callback hangs off `dynamo_ctx`.
+    """
+    seen: set[int] = set()
+    pending = [compiled]
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if getattr(current, "is_fxcompress_backend", False):
+            return current
+        for name in (
+            "dynamo_ctx",
+            "callback",
+            "compiler_fn",
+            "_compiled_call_impl",
+            "_torchdynamo_orig_backend",
+            "_torchdynamo_orig_callable",
+            "inner_convert",
+            "_torchdynamo_context",
+        ):
+            pending.append(getattr(current, "__dict__", {}).get(name))
+        pending.append(getattr(current, "__self__", None))
+        for cell in getattr(current, "__closure__", None) or ():
+            with suppress(ValueError):  # a cell not filled yet
+                if callable(cell.cell_contents):
+                    pending.append(cell.cell_contents)
+    return None
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+
+def load_cpp(source: str) -> ctypes.CDLL | None:
+    """Compile C++ with Inductor's compiler and flags and load it; None, with a log line, if it
+    cannot be.
+
+    `torch._inductor.codecache.CppCodeCache.load` (2.0 to 2.15) finds the compiler, adds
+    `-O3 -march=native -fopenmp`, and keeps the library in Inductor's on-disk cache. Should it move:
+    any way to build a shared library will do, `torch.utils.cpp_extension.load` for one.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    # These come last and win. Exact arithmetic, whatever the user's Inductor config says: kernels
+    # promise the reference's bits. Inductor's -fno-tree-loop-vectorize makes GCC ignore `omp simd`
+    # as well: with it affine encode ran at 1.0 instead of GBPS GB/s a core (Zen 4, GCC 12).
+    flags = (
+        "-fno-unsafe-math-optimizations",
+        "-fno-finite-math-only",
+        "-ffp-contract=off",
+        "-ftree-loop-vectorize",
+    )
+    try:
+        return CppCodeCache.load(source, extra_flags=flags)
+    except Exception as error:  # no compiler, no disk space, a noexec cache folder...
+        log.warning("CPU kernels are off, the slower reference is used: %s", error)
+        return None

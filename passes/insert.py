@@ -1,0 +1,156 @@
+"""Insert: encode nodes in the forward, decode nodes in the backward, each where memory is least.
+
+An encode stands directly after its tensor's last forward reader, so that the tensor dies there; a
+decode stands directly before its reader. Readers with a matrix product, convolution or attention
+between them get a decode each: decoding twice is cheaper than keeping a full tensor alive.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+import fxcompress.ops  # noqa: F401  (registers torch.ops.fxcompress)
+from fxcompress import torch_private
+from fxcompress.passes import properties as prop
+
+_PROVENANCE = ("stack_trace", "nn_module_stack", "seq_nr", "autograd_backward", "custom")
+
+
+def insert_key(forward: fx.GraphModule, plan_key: str, like: fx.Node) -> fx.Node:
+    """The step's random key, drawn at the top of the forward on the device of ``like``."""
+    graph, value = forward.graph, prop.value(like)
+    with graph.inserting_after(_last_placeholder(graph)):
+        node = graph.call_function(
+            torch.ops.fxcompress.next_key.default, (plan_key, value.device)
+        )
+    with torch_private.fake_mode_of(value):
+        node.meta["val"] = torch.empty(2, dtype=torch.int64, device=value.device)
+    return node
+
+
+def insert_encode(
+    forward: fx.GraphModule,
+    node: fx.Node,
+    spec: str,
+    key: fx.Node | None,
+    stream: int,
+    order: tuple[int, ...],
+    *,
+    at_once: bool = False,
+) -> fx.Node:
+    """Encode ``node`` after its last reader, or after itself if ``at_once``; the payload node."""
+    graph = forward.graph
+    readers = [] if at_once else [u for u in node.users if u.op != "output"]
+    last = max([node, *readers, *([key] if key is not None else [])])
+    if last.op == "placeholder":
+        last = _last_placeholder(graph)
+    arguments = (node, key, spec, stream, list(order))
+    with graph.inserting_after(last):
+        payload = graph.call_function(torch.ops.fxcompress.encode.default, arguments)
+    value = prop.value(node)
+    with torch_private.fake_mode_of(value):
+        fake_key = None if key is None else prop.value(key)
+        encoded = torch.ops.fxcompress.encode(value, fake_key, spec, stream, list(order))
+    payload.meta = {**_provenance(node), "val": encoded}
+    return payload
+
+
+def insert_decodes(
+    backward: fx.GraphModule,
+    node: fx.Node,
+    payload: fx.Node,
+    spec: str,
+    key: fx.Node | None,
+    stream: int,
+    order: tuple[int, ...],
+) -> None:
+    """Let every reader of ``node`` read a decode of ``payload`` instead."""
+    graph, value = backward.graph, prop.value(node)
+    readers = [u for u in node.users if u.op != "output"]
+    for cluster in clusters(graph, readers):
+        with graph.inserting_before(cluster[0]):
+            shape = torch_private.size_arguments(graph, value)
+            decoded = graph.call_function(
+                torch.ops.fxcompress.decode.default,
+                (payload, key, spec, stream, shape, list(order), value.dtype),
+            )
+        decoded.meta = {**_provenance(cluster[0]), "val": _laid_out(value, order)}
+        for reader in cluster:
+            reader.replace_input_with(node, decoded)
+
+
+def insert_blank(backward: fx.GraphModule, node: fx.Node) -> None:
+    """Give readers that look at sizes only a tensor without memory: one zero, expanded."""
+    graph, value = backward.graph, prop.value(node)
+    readers = sorted(u for u in node.users if u.op != "output")
+    if not readers:
+        return
+    with graph.inserting_before(readers[0]):
+        shape = torch_private.size_arguments(graph, value)
+        zero = graph.call_function(
+            torch.ops.aten.full.default,
+            ([], 0.0),
+            {"dtype": value.dtype, "device": value.device, "pin_memory": False},
+        )
+        blank = graph.call_function(torch.ops.aten.expand.default, (zero, shape))
+    with torch_private.fake_mode_of(value):
+        zero.meta["val"] = torch.full([], 0.0, dtype=value.dtype, device=value.device)
+        blank.meta["val"] = zero.meta["val"].expand(value.shape)
+    for reader in readers:
+        reader.replace_input_with(node, blank)
+
+
+def storage_order(value: torch.Tensor, channels_last: bool) -> tuple[int, ...]:
+    """Dimensions from slowest to fastest in memory, as Inductor will lay the tensor out.
+
+    Encoding in this order reads memory front to back. A wrong guess costs a copy, never a wrong
+    value: the op permutes by this order and copies only if that is not contiguous.
+
+    Args:
+        value: the fake tensor.
+        channels_last: Inductor lays feature maps of this graph out with channels fastest.
+    """
+    strides = [torch_private.size_hint(s) for s in value.stride()]
+    sizes = [torch_private.size_hint(s) for s in value.shape]
+    by_stride = sorted(range(value.dim()), key=lambda d: (-strides[d], d))
+    is_feature_map = value.dim() in (4, 5) and by_stride == list(range(value.dim()))
+    if channels_last and is_feature_map and sizes[1] > 1 and max(sizes[2:]) > 1:
+        return (0, *range(2, value.dim()), 1)
+    return tuple(by_stride)
+
+
+def clusters(graph: fx.Graph, readers: list[fx.Node]) -> list[list[fx.Node]]:
+    """Readers in graph order, split where an op that does not fuse stands between two of them."""
+    clusters: list[list[fx.Node]] = []
+    pending = set(readers)
+    separated = True
+    for current in graph.nodes:
+        if current in pending:
+            if separated:
+                clusters.append([])
+                separated = False
+            clusters[-1].append(current)
+        elif clusters and prop.is_extern(current):
+            separated = True
+    return clusters
+
+
+def _laid_out(value: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """A fake tensor like ``value`` whose memory is contiguous in ``order``."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    with torch_private.fake_mode_of(value):
+        dense = torch.empty(
+            [value.shape[d] for d in order], dtype=value.dtype, device=value.device
+        )
+        return dense.permute(inverse)
+
+
+def _last_placeholder(graph: fx.Graph) -> fx.Node:
+    return max(graph.find_nodes(op="placeholder"))
+
+
+def _provenance(node: fx.Node) -> dict[str, Any]:
+    return {k: node.meta[k] for k in _PROVENANCE if k in node.meta}

@@ -1,0 +1,1 @@
+"""Command line, benchmarks, memory measurement, demo data."""

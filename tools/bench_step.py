@@ -1,0 +1,295 @@
+"""`fxcompress bench step`: memory, time and gradient error of one training step, by policy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import fxcompress
+from fxcompress import torch_private
+from fxcompress.errors import SettingsError
+from fxcompress.tools import memory, models
+from fxcompress.tools.models import Task
+
+MB = 1e6
+BASELINE = "inductor"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one policy costs. MB are 1e6 bytes, times are seconds of forward and backward."""
+
+    saved_mb: float
+    peak_mb: float
+    planned_peak_mb: float | None
+    step_s: float
+    step_min_s: float
+    step_max_s: float
+    step_ratio: float
+    compile_s: float
+    grad_error: float
+
+
+@dataclass
+class Runner:
+    """One policy's own copy of the model, compiled."""
+
+    policy: str
+    task: Task
+    compiled: Callable[..., Any]
+    compile_s: float = 0.0
+
+    def step(self) -> None:
+        """Forward and backward with fresh gradients."""
+        self.task.model.zero_grad(set_to_none=True)
+        self.task.forward(self.compiled).backward()
+
+    def seconds(self) -> float:
+        """Wall time of one step, work queued on a GPU included."""
+        _synchronize()
+        start = time.perf_counter()
+        self.step()
+        _synchronize()
+        return time.perf_counter() - start
+
+    def gradient(self, seed: int) -> Tensor:
+        """The whole parameter gradient of one step from a given random state, as one vector."""
+        torch.manual_seed(seed)
+        fxcompress.manual_seed(seed)
+        self.step()
+        gradients = [p.grad.flatten() for p in self.task.model.parameters() if p.grad is not None]
+        self.task.model.zero_grad(set_to_none=True)
+        return torch.cat(gradients)
+
+    def saved_bytes(self) -> int:
+        """Bytes the graph holds between forward and backward."""
+        loss = self.task.forward(self.compiled)
+        return memory.saved_bytes(loss, self.task.held())
+
+    def planned_peak_bytes(self) -> int | None:
+        if self.policy == BASELINE:
+            return None
+        return fxcompress.explain(self.compiled).planned_peak_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `fxcompress bench step`."""
+    parser.add_argument("model", help=models.SPECS)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", type=int, default=64, help="image side, or sequence length")
+    parser.add_argument("--policies", default="inductor,lossless,uniform4,auto")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each policy")
+    parser.add_argument("--budget-mb", type=float, help="peak of activations for policy auto, MB")
+    parser.add_argument("--ratio-saved", type=float, help="for auto: 1/R of the saved bytes")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--grad-seeds", type=int, default=3, help="seeds the error is averaged over"
+    )
+    parser.add_argument("--warm-steps", type=int, default=0, help="eager SGD steps beforehand")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, and with --json one line of JSON."""
+    policies = _policies(args.policies)
+    if args.steps < 1 or args.grad_seeds < 1:
+        raise SettingsError("--steps and --grad-seeds must be 1 or more")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: PyTorch sees no CUDA device; use --device cpu")
+    torch.manual_seed(args.seed)
+    task = models.load(args.model, args.batch, args.size, args.device)
+    models.warm(task, args.warm_steps)
+    seeds = [args.seed + 1 + index for index in range(args.grad_seeds)]
+
+    notes = Console(stderr=True)
+    with notes.status("compiling") as status:
+        runners = _compile(task, policies, args, status.update)
+        status.update("measuring memory and gradients")
+        peaks = {r.policy: _memory(r) for r in runners}
+        errors = _gradient_errors(runners, seeds)
+        status.update("timing")
+        seconds = _time(runners, args.steps)
+
+    baseline = median(seconds[BASELINE])
+    rows = {
+        r.policy: Row(
+            saved_mb=peaks[r.policy][0] / MB,
+            peak_mb=peaks[r.policy][1] / MB,
+            planned_peak_mb=None if (plan := r.planned_peak_bytes()) is None else plan / MB,
+            step_s=median(seconds[r.policy]),
+            step_min_s=min(seconds[r.policy]),
+            step_max_s=max(seconds[r.policy]),
+            step_ratio=median(seconds[r.policy]) / baseline,
+            compile_s=r.compile_s,
+            grad_error=mean(errors[r.policy]),
+        )
+        for r in runners
+    }
+    about = {
+        "model": args.model,
+        "batch": args.batch,
+        "size": args.size,
+        "steps": args.steps,
+        "seed": args.seed,
+        "grad_seeds": seeds,
+        "warm_steps": args.warm_steps,
+        "budget_mb": args.budget_mb,
+        "ratio_saved": args.ratio_saved,
+        "machine": machine(args.device),
+    }
+    _print(rows, about)
+    if args.json:
+        print(json.dumps({"policies": {name: asdict(row) for name, row in rows.items()}, **about}))
+    return 0
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        model = next((value.strip() for key, _, value in lines if "model name" in key), model)
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "torch": torch.__version__,
+    }
+
+
+def describe(where: dict[str, Any]) -> str:
+    """The machine as one line."""
+    gpu = f", {where['gpu']}" if where["gpu"] else ""
+    return (
+        f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads{gpu}, "
+        f"torch {where['torch']}"
+    )
+
+
+def _policies(text: str) -> list[str]:
+    """The policies asked for, each once, the baseline first."""
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    for name in asked:
+        if name not in fxcompress.policies():
+            known = ", ".join(fxcompress.policies())
+            raise SettingsError(f"unknown policy {name!r} in --policies; choose from: {known}")
+    return list(dict.fromkeys([BASELINE, *asked]))
+
+
+def _compile(
+    task: Task, policies: list[str], args: argparse.Namespace, report: Callable[[str], None]
+) -> list[Runner]:
+    """A compiled copy for each policy, and the seconds of its first step with empty caches."""
+    torch._dynamo.reset()
+    # Every policy compiles the same code object once: more than the default number of versions.
+    torch._dynamo.config.recompile_limit = 4 * len(policies) + 8
+    _import_inductor(args.device)
+    runners = []
+    for policy in policies:
+        report(f"compiling {policy}")
+        runner = Runner(
+            policy, copy := task.copy(), torch.compile(copy.model, backend=_backend(policy, args))
+        )
+        with torch_private.fresh_compile_caches():
+            runner.compile_s = runner.seconds()
+        runners.append(runner)
+    return runners
+
+
+def _backend(policy: str, args: argparse.Namespace) -> Any:
+    if policy == BASELINE:
+        return "inductor"  # the real one, not ours doing nothing
+    if policy == "auto":
+        return fxcompress.backend(args.budget_mb, policy=policy, ratio_saved=args.ratio_saved)
+    return fxcompress.backend(policy=policy)
+
+
+def _import_inductor(device: str) -> None:
+    """Imports and compiler checks once, so that the first policy is not billed for them."""
+    with torch_private.fresh_compile_caches():
+        x = torch.ones(64, requires_grad=True, device=device)
+        torch.compile(lambda value: value.sin().sum(), backend="inductor")(x).backward()
+
+
+def _memory(runner: Runner) -> tuple[int, int]:
+    """(saved bytes, peak bytes) of a step, after one more that settles lazy allocations."""
+    runner.step()
+    saved = runner.saved_bytes()
+    peak = memory.measure_step(runner.step, runner.task.model.parameters()).peak_bytes
+    runner.task.model.zero_grad(set_to_none=True)
+    return saved, peak
+
+
+def _gradient_errors(runners: list[Runner], seeds: list[int]) -> dict[str, list[float]]:
+    """|g - g0| / |g0| by policy and seed; g0 is plain Inductor's in fp32, from the same state."""
+    errors: dict[str, list[float]] = {runner.policy: [] for runner in runners}
+    for seed in seeds:
+        exact = runners[0].gradient(seed)
+        for runner in runners:
+            difference = runner.gradient(seed) - exact
+            errors[runner.policy].append((difference.norm() / exact.norm()).item())
+    return errors
+
+
+def _time(runners: list[Runner], steps: int) -> dict[str, list[float]]:
+    """Seconds of each step, the policies in turn, so that a busy machine is shared fairly."""
+    seconds: dict[str, list[float]] = {runner.policy: [] for runner in runners}
+    for _ in range(steps):
+        for runner in runners:
+            seconds[runner.policy].append(runner.seconds())
+            runner.task.model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _print(rows: dict[str, Row], about: dict[str, Any]) -> None:
+    table = Table(title=f"{about['model']}, batch {about['batch']}, size {about['size']}")
+    table.add_column("policy")
+    for heading in (
+        "saved MB",
+        "peak MB",
+        "planned MB",
+        "step s",
+        "min-max s",
+        "ratio",
+        "compile s",
+        "grad error",
+    ):
+        table.add_column(heading, justify="right")
+    for name, row in rows.items():
+        planned = "-" if row.planned_peak_mb is None else f"{row.planned_peak_mb:.1f}"
+        table.add_row(
+            name, f"{row.saved_mb:.2f}", f"{row.peak_mb:.2f}", planned, f"{row.step_s:.4f}",
+            f"{row.step_min_s:.4f}-{row.step_max_s:.4f}", f"{row.step_ratio:.3f}",
+            f"{row.compile_s:.1f}", f"{row.grad_error:.2e}",
+        )  # fmt: skip
+    # Where the output is no terminal, rich takes 80 columns and would cut figures off.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    console.print(describe(about["machine"]), highlight=False)
+    seeds = ", ".join(str(seed) for seed in about["grad_seeds"])
+    console.print(
+        f"seed {about['seed']}; gradient seeds {seeds}; {about['steps']} timed steps each"
+    )

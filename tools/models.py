@@ -1,0 +1,187 @@
+"""Models named on the command line, each with a batch of inputs and a loss."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fxcompress.errors import FxCompressError
+
+SPECS = """\
+torchvision:NAME   a torchvision classifier, 10 classes, random images of size x size
+gpt:small          the GPT of examples/gpt.py; size is the sequence length
+hf:NAME            transformers: a model type (gpt2, vit, ...) or a folder with config.json
+FILE.py:FUNCTION   FUNCTION(batch, size) -> (model, inputs, loss): a module, a tuple of its
+                   arguments, and a function from its output to a scalar
+"""
+
+
+class ModelError(FxCompressError):
+    """A model cannot be made; the message names the remedy."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, one batch for it, and what to minimise."""
+
+    name: str
+    model: nn.Module
+    inputs: tuple[Any, ...]
+    loss: Callable[[Any], Tensor]
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+    def forward(self, model: Callable[..., Any] | None = None) -> Tensor:
+        """The loss of the batch, through `model` (a copy, or compiled) or the task's own."""
+        called = self.model if model is None else model
+        return self.loss(called(*self.inputs, **self.keywords))
+
+    def held(self) -> list[Tensor]:
+        """Tensors alive whatever the graph saves: parameters, buffers and inputs."""
+        given = [*self.inputs, *self.keywords.values()]
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        return [*self.model.parameters(), *self.model.buffers(), *tensors]
+
+    def copy(self) -> Task:
+        """The same batch with a copy of the model: equal weights, separate from now on."""
+        return replace(self, model=copy.deepcopy(self.model))
+
+
+def load(spec: str, batch: int, size: int, device: str = "cpu") -> Task:
+    """The task a specification names (see `SPECS`), in training mode, all made on the device.
+
+    Raises:
+        ModelError: unknown specification, or something it needs is missing.
+    """
+    kind, _, name = spec.rpartition(":")
+    if not kind or not name:
+        raise ModelError(f"model {spec!r} is not understood; give one of:\n{SPECS}")
+    if batch < 1 or size < 1:
+        raise ModelError(f"--batch {batch} and --size {size} must be 1 or more")
+    makers = {"torchvision": _torchvision, "gpt": _gpt, "hf": _huggingface}
+    with torch.device(device):
+        if kind in makers:
+            task = makers[kind](name, batch, size)
+        elif kind.endswith(".py"):
+            task = _from_file(Path(kind), name, batch, size)
+        else:
+            raise ModelError(f"model {spec!r} is not understood; give one of:\n{SPECS}")
+    task.model.train()
+    return replace(task, name=spec)
+
+
+def warm(task: Task, steps: int, lr: float = 0.01) -> None:
+    """A few plain SGD steps: some models' gradients are degenerate at random weights."""
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        task.forward().backward()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _torchvision(name: str, batch: int, size: int) -> Task:
+    try:
+        import torchvision
+    except ImportError as error:
+        raise ModelError("torchvision is missing: pip install 'fxcompress[bench]'") from error
+    try:
+        model = torchvision.models.get_model(name, weights=None, num_classes=10)
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            f"torchvision has no classifier {name!r} ({error}); "
+            "torchvision.models.list_models() lists them"
+        ) from error
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
+    return Task(name, model, (images,), lambda logits: F.cross_entropy(logits, labels))
+
+
+def _gpt(name: str, batch: int, size: int) -> Task:
+    path = Path(__file__).resolve().parents[1] / "examples" / "gpt.py"
+    if not path.is_file():
+        raise ModelError(
+            f"gpt:{name} lives in examples/gpt.py, and {path} is not there: install from a clone "
+            "of the repository with pip install -e ."
+        )
+    module = _module(path)
+    config = getattr(module, name, None)
+    if name != "small" or config is None:
+        raise ModelError(f"examples/gpt.py has no gpt:{name}; use gpt:small")
+    config = replace(config(), block=size)
+    tokens = torch.randint(config.vocabulary, (2, batch, size))
+    return Task(name, module.GPT(config), (tokens[0], tokens[1]), lambda loss: loss)
+
+
+def _huggingface(name: str, batch: int, size: int) -> Task:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelError("transformers is missing: pip install 'fxcompress[hf]'") from error
+    try:
+        if name in transformers.CONFIG_MAPPING:
+            config = transformers.AutoConfig.for_model(name)
+        else:
+            config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"transformers has no configuration for {name!r}: give a model type such as gpt2, or "
+            f"a folder with config.json ({error})"
+        ) from error
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        tokens = torch.randint(config.vocab_size, (batch, size))
+        keywords = {"input_ids": tokens, "labels": tokens}
+    elif type(config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        config.image_size, config.num_labels = size, 10
+        model = transformers.AutoModelForImageClassification.from_config(config)
+        images = torch.randn(batch, config.num_channels, size, size)
+        keywords = {"pixel_values": images, "labels": torch.randint(10, (batch,))}
+    else:
+        raise ModelError(
+            f"hf:{name} is neither a causal language model nor an image classifier; write "
+            "FUNCTION(batch, size) in a file and give FILE.py:FUNCTION"
+        )
+    return Task(name, model, (), lambda output: output.loss, keywords)
+
+
+def _from_file(path: Path, name: str, batch: int, size: int) -> Task:
+    if not path.is_file():
+        raise ModelError(f"{path} is not a file; give FILE.py:FUNCTION with a path that exists")
+    factory = getattr(_module(path), name, None)
+    if not callable(factory):
+        raise ModelError(f"{path} has no function {name!r}; give FILE.py:FUNCTION")
+    made = factory(batch, size)
+    if not (
+        isinstance(made, tuple)
+        and len(made) == 3
+        and isinstance(made[0], nn.Module)
+        and isinstance(made[1], tuple)
+        and callable(made[2])
+    ):
+        raise ModelError(
+            f"{name}(batch, size) in {path} must return (model, inputs, loss): a module, a tuple "
+            "of its arguments, and a function from its output to a scalar"
+        )
+    return Task(name, *made)
+
+
+def _module(path: Path) -> ModuleType:
+    """The module in a file, run anew."""
+    # Registered under its own name: dataclasses and Dynamo look a class's module up by name.
+    name = f"fxcompress_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ModelError(f"{path} cannot be imported as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
