@@ -7,6 +7,7 @@ autograd formula: they appear in graphs that AOTAutograd has already differentia
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from fxcompress.codecs import codec as parse
 # Called with the plan's name whenever a step draws its key, before anything is encoded.
 on_step: list[Callable[[str], None]] = []
 
-_library = torch.library.Library("fxcompress", "DEF")
+_library: Any = torch.library.Library("fxcompress", "DEF")  # type: ignore[no-untyped-call]
 # flexible_layout: encode sorts out any layout by itself, and an Inductor that laid x out anew
 # should not pay for a copy that restores the traced strides.
 _library.define(
@@ -29,7 +30,8 @@ _library.define(
     "ScalarType dtype) -> Tensor",
     tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
 )
-# nondeterministic_seeded: never merged with another call, folded into a constant or recomputed.
+# nondeterministic_seeded: not dropped, folded into a constant or recomputed. AOTAutograd's CSE
+# respects it on 2.14 but merges equal calls on 2.11: insert one a graph, after partitioning.
 _library.define(
     "next_key(str plan, Device device) -> Tensor",
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
@@ -42,7 +44,7 @@ def encode(x: Tensor, key: Tensor | None, codec: str, stream: int, order: Sequen
     order: the dimensions of x from slowest to fastest in memory, as (0, 2, 3, 1) for channels-last.
     The payload holds the elements in that order. Where x is not laid out so, it is copied first.
     """
-    return parse(codec).encode(x.permute(order).contiguous(), key, stream)
+    return parse(codec).encode(x.permute(list(order)).contiguous(), key, stream)
 
 
 def decode(

@@ -130,7 +130,7 @@ def timeline(cut: Cut, candidates: Sequence[Candidate]) -> Timeline:
         name, saved = candidate.name, candidate.saved
         root = prop.storage_root(saved.forward)
         born = step.birth(root)
-        used = max(min(step.last[root], step.end_forward - 1), step.at[saved.forward])
+        used = max(step.last[root], born)
         needed = max(step.last[saved.backward], used)
         size = 0 if root in held_by_user else candidate.own_bytes
         kept[name] = step.span(born, needed, size)
@@ -157,7 +157,9 @@ def _copies(
     """Bytes of decoded copies: one alive around each cluster of direct readers."""
     total = np.zeros(step.end + 1)
     for cluster in clusters(cut.backward.graph, readers):
-        last = max(step.at[r] if r in step.owners else step.last[r] for r in cluster)
+        last = max(
+            step.at[r] if r in step.owners or _writes_memory(r) else step.last[r] for r in cluster
+        )
         total = np.maximum(total, step.span(step.at[cluster[0]], last, size))
     return total
 
@@ -182,13 +184,19 @@ def _step(cut: Cut) -> _Step:
     at = {node: i for i, node in enumerate([*forward, *backward])}
     owners: set[fx.Node] = set()
     last: dict[fx.Node, int] = {}
-    for graph in (forward, backward):
-        _follow_reads(graph, at, owners, last)
+    # What the forward returns is held by the user or saved: both are accounted for elsewhere.
+    _follow_reads(forward, at, owners, last, returned_stays=False)
+    _follow_reads(backward, at, owners, last, returned_stays=True)
     return _Step(at, frozenset(owners), last, len(forward) - 1, len(at) - 1)
 
 
 def _follow_reads(
-    graph: list[fx.Node], at: dict[fx.Node, int], owners: set[fx.Node], last: dict[fx.Node, int]
+    graph: list[fx.Node],
+    at: dict[fx.Node, int],
+    owners: set[fx.Node],
+    last: dict[fx.Node, int],
+    *,
+    returned_stays: bool,
 ) -> None:
     """Fill ``owners`` and ``last`` for one graph, readers before what they read."""
     region, regions = 0, {}
@@ -196,11 +204,18 @@ def _follow_reads(
         region += prop.is_extern(node)
         regions[at[node]] = region
     for node in reversed(graph):
-        positions = [at[node]]
+        positions = [] if prop.is_view(node) else [at[node]]
         written = False
         for user in node.users:
-            if user.op == "output" or prop.is_extern(user):
+            if user.op == "output":
                 written = True
+                if returned_stays:
+                    positions.append(at[user])
+            elif prop.is_extern(user):
+                written = True
+                positions.append(at[user])
+            elif _writes_memory(user) and user.target is not operator.getitem:
+                written = written or "pool" in prop.op_name(user)  # reads each element many times
                 positions.append(at[user])
             elif prop.is_view(user) or user.target is operator.getitem:
                 written = written or user in owners
@@ -210,31 +225,31 @@ def _follow_reads(
                 positions.append(at[user] - (prop.is_pointwise(user) and _bytes(user) == _bytes(node)))
             else:
                 positions.append(last[user])
-        last[node] = max(positions)
+        last[node] = max(positions, default=-1)
         owns = node.op == "placeholder" or (
             prop.is_tensor(node)
             and (
                 _writes_memory(node)
                 or written
-                or regions[at[node]] != regions[last[node]]
+                or regions[at[node]] != regions.get(last[node], regions[at[node]])
             )
         )
         if owns:
             owners.add(node)
     for node in graph:  # a view lives in its root's memory
         if prop.is_view(node) or (node.target is operator.getitem and prop.is_view(node.args[0])):  # type: ignore[arg-type]
-            owners.discard(node)
             root = prop.storage_root(node)
-            if node in last and root in last:
-                last[root] = max(last[root], last[node])
-                if prop.is_tensor(root):
-                    owners.add(root)
+            last[root] = max(last[root], last[node])
+            if node in owners and root.op != "placeholder":
+                owners.discard(node)
+                owners.add(root)
 
 
 def _writes_memory(node: fx.Node) -> bool:
     source = node.args[0] if node.target is operator.getitem else node
     assert isinstance(source, fx.Node)
-    return prop.is_extern(source) or prop.op_name(source) in _REDUCTIONS
+    several = isinstance(prop.value(source), (tuple, list)) and not prop.is_view(source)
+    return several or prop.is_extern(source) or prop.op_name(source) in _REDUCTIONS
 
 
 def _last_decode(step: _Step, cut: Cut, readers: Sequence[fx.Node], default: int) -> int:

@@ -16,6 +16,7 @@ from fxcompress.errors import BudgetError
 from fxcompress.ledger import Ledger
 from fxcompress.passes.analyse import analyse
 from fxcompress.passes.capture import CaptureError, Cut, pair
+from fxcompress.passes.rebase import rebase
 from fxcompress.passes.rewrite import rewrite
 from fxcompress.planner import describe, make_plan
 from fxcompress.policies import policy
@@ -63,7 +64,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
             return plain
         try:
             cut = pair(*plain, kwargs["num_fwd_outputs"], static)
-            return self._compress(cut.copy()) or plain
+            return self._compress(rebase(cut.copy())) or plain
         except BudgetError:
             raise
         except CaptureError as error:

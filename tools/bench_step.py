@@ -23,6 +23,7 @@ import fxcompress
 from fxcompress import torch_private
 from fxcompress.errors import SettingsError
 from fxcompress.tools import memory, models
+from fxcompress.tools.memory import SavedMemory
 from fxcompress.tools.models import Task
 
 MB = 1e6
@@ -31,9 +32,14 @@ BASELINE = "inductor"
 
 @dataclass(frozen=True)
 class Row:
-    """What one policy costs. MB are 1e6 bytes, times are seconds of forward and backward."""
+    """What one policy costs. MB are 1e6 bytes, times are seconds of forward and backward.
+
+    `saved_copies_mb`, beside `saved_mb`, are re-laid-out copies of weights and inputs that Inductor
+    saves: no activations, but memory (see `memory.measure_saved`).
+    """
 
     saved_mb: float
+    saved_copies_mb: float
     peak_mb: float
     planned_peak_mb: float | None
     step_s: float
@@ -75,10 +81,15 @@ class Runner:
         self.task.model.zero_grad(set_to_none=True)
         return torch.cat(gradients)
 
-    def saved_bytes(self) -> int:
-        """Bytes the graph holds between forward and backward."""
-        loss = self.task.forward(self.compiled)
-        return memory.saved_bytes(loss, self.task.held())
+    def saved(self) -> SavedMemory:
+        """What the graph holds between forward and backward."""
+        return memory.measure_saved(self.task.forward(self.compiled), self.task.held())
+
+    def peak_bytes(self) -> int:
+        """Peak of activation memory over a step."""
+        peak = memory.measure_step(self.step, self.task.model.parameters()).peak_bytes
+        self.task.model.zero_grad(set_to_none=True)
+        return peak
 
     def planned_peak_bytes(self) -> int | None:
         if self.policy == BASELINE:
@@ -120,7 +131,10 @@ def run(args: argparse.Namespace) -> int:
     with notes.status("compiling") as status:
         runners = _compile(task, policies, args, status.update)
         status.update("measuring memory and gradients")
-        peaks = {r.policy: _memory(r) for r in runners}
+        for runner in runners:
+            runner.step()  # the second step settles what is allocated once, on first use
+        saved = {r.policy: r.saved() for r in runners}
+        peaks = {r.policy: r.peak_bytes() for r in runners}
         errors = _gradient_errors(runners, seeds)
         status.update("timing")
         seconds = _time(runners, args.steps)
@@ -128,8 +142,9 @@ def run(args: argparse.Namespace) -> int:
     baseline = median(seconds[BASELINE])
     rows = {
         r.policy: Row(
-            saved_mb=peaks[r.policy][0] / MB,
-            peak_mb=peaks[r.policy][1] / MB,
+            saved_mb=saved[r.policy].activation_bytes / MB,
+            saved_copies_mb=saved[r.policy].copy_bytes / MB,
+            peak_mb=peaks[r.policy] / MB,
             planned_peak_mb=None if (plan := r.planned_peak_bytes()) is None else plan / MB,
             step_s=median(seconds[r.policy]),
             step_min_s=min(seconds[r.policy]),
@@ -229,15 +244,6 @@ def _import_inductor(device: str) -> None:
         torch.compile(lambda value: value.sin().sum(), backend="inductor")(x).backward()
 
 
-def _memory(runner: Runner) -> tuple[int, int]:
-    """(saved bytes, peak bytes) of a step, after one more that settles lazy allocations."""
-    runner.step()
-    saved = runner.saved_bytes()
-    peak = memory.measure_step(runner.step, runner.task.model.parameters()).peak_bytes
-    runner.task.model.zero_grad(set_to_none=True)
-    return saved, peak
-
-
 def _gradient_errors(runners: list[Runner], seeds: list[int]) -> dict[str, list[float]]:
     """|g - g0| / |g0| by policy and seed; g0 is plain Inductor's in fp32, from the same state."""
     errors: dict[str, list[float]] = {runner.policy: [] for runner in runners}
@@ -264,27 +270,26 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "saved MB": lambda row: f"{row.saved_mb:.2f}",
+    "copies MB": lambda row: f"{row.saved_copies_mb:.2f}",
+    "peak MB": lambda row: f"{row.peak_mb:.2f}",
+    "planned MB": lambda row: "-" if row.planned_peak_mb is None else f"{row.planned_peak_mb:.2f}",
+    "step s": lambda row: f"{row.step_s:.4f}",
+    "min-max s": lambda row: f"{row.step_min_s:.4f}-{row.step_max_s:.4f}",
+    "ratio": lambda row: f"{row.step_ratio:.3f}",
+    "compile s": lambda row: f"{row.compile_s:.1f}",
+    "grad error": lambda row: f"{row.grad_error:.2e}",
+}
+
+
 def _print(rows: dict[str, Row], about: dict[str, Any]) -> None:
     table = Table(title=f"{about['model']}, batch {about['batch']}, size {about['size']}")
     table.add_column("policy")
-    for heading in (
-        "saved MB",
-        "peak MB",
-        "planned MB",
-        "step s",
-        "min-max s",
-        "ratio",
-        "compile s",
-        "grad error",
-    ):
+    for heading in _COLUMNS:
         table.add_column(heading, justify="right")
     for name, row in rows.items():
-        planned = "-" if row.planned_peak_mb is None else f"{row.planned_peak_mb:.1f}"
-        table.add_row(
-            name, f"{row.saved_mb:.2f}", f"{row.peak_mb:.2f}", planned, f"{row.step_s:.4f}",
-            f"{row.step_min_s:.4f}-{row.step_max_s:.4f}", f"{row.step_ratio:.3f}",
-            f"{row.compile_s:.1f}", f"{row.grad_error:.2e}",
-        )  # fmt: skip
+        table.add_row(name, *(text(row) for text in _COLUMNS.values()))
     # Where the output is no terminal, rich takes 80 columns and would cut figures off.
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)

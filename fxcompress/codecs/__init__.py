@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from fxcompress.codecs.affine import Affine
@@ -27,7 +27,7 @@ def codec_names() -> tuple[str, ...]:
     return tuple(_FAMILIES)
 
 
-@lru_cache(maxsize=None)
+@cache
 def codec(spec: str) -> Codec:
     """The codec that a spec names; parameters left out take their defaults.
 
@@ -44,7 +44,7 @@ def codec(spec: str) -> Codec:
             "with parameters as in 'affine(bits=4,group=256)'"
         )
     family = _FAMILIES[match[1]]
-    kinds = {field.name: type(field.default) for field in fields(family)}
+    kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(family)}
     given: dict[str, Any] = {}
     for item in filter(None, (match[2] or "").replace(" ", "").split(",")):
         name, _, value = item.partition("=")

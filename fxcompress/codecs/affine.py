@@ -13,8 +13,8 @@ L = 2^bits - 1 and integer rounding of the fp32 bits:
 
 There is one float rounding each in (x - lo) and in its product, and q*step is exact (8 by 8 bits):
 whether a compiler contracts to FMA changes no bit. A group with NaN or Inf, or whose grid
-overflows fp32 (L*step), is stored as step = NaN, lo = 0, q = 0 and decodes to NaN; other groups
-do not notice. Minimum and maximum are taken in the total order, -0 < +0.
+overflows fp32 (L*step), is stored as step = NaN (0x7fc0), lo = 0, q = 0 and decodes to NaN (any
+of them); other groups do not notice. Minimum and maximum are taken in the total order, -0 < +0.
 
 payload = codes (planar, padded to an even length) | step bf16[groups] | lo bf16[groups]
 bytes   = even(ceil(n/8)*bits) + 4*ceil(n/group)
@@ -37,6 +37,7 @@ from fxcompress.codecs.planar import code_bytes, group_chunks, pack, unpack
 from fxcompress.errors import CodecError
 from fxcompress.kernels import cpu
 
+_BF16 = torch.bfloat16
 _MIN_STEP = 2.0**-100  # keeps r = 2^22/step finite
 
 
@@ -82,6 +83,7 @@ class Affine(Codec):
         stream: int,
     ) -> Tensor:
         self.check_decode(payload, math.prod(shape), dtype)
+        payload = payload.contiguous()
         out = payload.new_empty(shape, dtype=dtype)
         if payload.device.type == "cpu" and cpu.available():
             cpu.affine_decode(payload, out, self.bits, self.group)
@@ -119,8 +121,9 @@ class Affine(Codec):
             at = code_bytes(start, self.bits)
             payload[at : at + packed.numel()] = packed
             group = start // self.group
-            scales[group : group + rows] = step.bfloat16()
-            minima[group : group + rows] = lo.bfloat16()
+            # Both are bf16 numbers already. By bits, since a cast may change which NaN it is.
+            scales[group : group + rows] = (step.view(torch.int32) >> 16).short().view(_BF16)
+            minima[group : group + rows] = (lo.view(torch.int32) >> 16).short().view(_BF16)
 
     def decode_reference(self, payload: Tensor, flat: Tensor) -> None:
         """Fill a flat tensor from its payload with plain ATen ops: the definition."""
@@ -142,7 +145,7 @@ class Affine(Codec):
 
     def _metadata(self, payload: Tensor, numel: int) -> tuple[Tensor, Tensor]:
         """Views of the payload's (steps, minima), each bf16[groups]."""
-        pairs = payload[self._metadata_start(numel) :].view(torch.bfloat16)
+        pairs = payload[self._metadata_start(numel) :].view(_BF16)
         return pairs[: self._groups(numel)], pairs[self._groups(numel) :]
 
     def _grid(self, values: Tensor) -> tuple[Tensor, Tensor]:

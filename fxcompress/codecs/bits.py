@@ -1,7 +1,7 @@
 """bits: lossless packing of booleans and of integers in a known range.
 
-    q = (x - low) mod 2^bits, packed planar in groups of 256; x' = q + low
-    bytes = ceil(n/8)*bits, no metadata; error 0
+q = (x - low) mod 2^bits, packed planar in groups of 256; x' = q + low
+bytes = ceil(n/8)*bits, no metadata; error 0
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class Bits(Codec):
         stream: int,
     ) -> Tensor:
         self.check_decode(payload, math.prod(shape), dtype)
+        payload = payload.contiguous()
         out = payload.new_empty(shape, dtype=dtype)
         if payload.device.type == "cpu" and cpu.available():
             cpu.bits_decode(payload, out, self.bits, self.low)

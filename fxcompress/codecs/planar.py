@@ -37,7 +37,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     planes = []
     for width, shift in sections(bits):
         part = (codes >> shift) & ((1 << width) - 1)
-        lanes = part.unflatten(1, (8 // width, -1)).unbind(1)
+        lanes = part.chunk(8 // width, 1)
         packed = lanes[0]
         for j, lane in enumerate(lanes[1:], 1):
             packed = packed | (lane << (j * width))

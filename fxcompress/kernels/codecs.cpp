@@ -1,11 +1,12 @@
 // Single-pass CPU kernels of the codecs, with a C ABI (ctypes). Each gives the bits that the
 // reference in fxcompress/codecs/ defines; the formulas are at the top of affine.py, bits.py and
-// planar.py. Compiled with Inductor's flags, among them -ffp-contract=off and
-// -fno-tree-loop-vectorize: a loop is vectorised where it says `omp simd`.
+// planar.py. Compiled by torch_private.load_cpp, which keeps floating point exact.
+// Measured on one Zen 4 core, 51 MB of fp32, 4 bits: encode 9.0, decode 16.4 GB/s of fp32 read or
+// written, where memcpy copies 11.6 (and a fresh output costs more than all: page faults, 2.1).
 
 #include <cstdint>
 #include <cstring>
-#include <utility>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -249,39 +250,32 @@ void decode_bits(const u8* payload, Item* x, i64 numel, i64 low, int threads) {
     });
 }
 
-// ---- run-time choice of bits and type; false where there is no such kernel ----
+// ---- run-time choice: call(Options{}) of the index-th option; false where there is none ----
 
-template <class Call>
-bool with_bits(int bits, Call call) {
-    switch (bits) {
-#define CASE(b) \
-    case b:     \
-        return call(std::integral_constant<int, b>{}), true;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-#undef CASE
-    }
-    return false;
+template <class... Options, class Call>
+bool choose(int index, Call call) {
+    int i = 0;
+    return ((index == i++ && call(Options{})) || ...);
 }
 
-template <class Call>
-bool with_float(int type, Call call) {
-    switch (type) {
-        case 0: return call(F32{});
-        case 1: return call(BF16{});
-        case 2: return call(F16{});
-    }
-    return false;
-}
+template <int b>
+using Int = std::integral_constant<int, b>;
 
 template <class Call>
-bool with_item(int size, Call call) {
-    switch (size) {
-        case 1: return call(u8{});
-        case 2: return call(u16{});
-        case 4: return call(u32{});
-        case 8: return call(uint64_t{});
-    }
-    return false;
+bool choose_bits(int bits, Call call) {
+    return choose<Int<1>, Int<2>, Int<3>, Int<4>, Int<5>, Int<6>, Int<7>, Int<8>>(bits - 1, call);
+}
+
+template <class Call>  // call(type, bits)
+bool choose_affine(int type, int bits, Call call) {
+    return choose<F32, BF16, F16>(
+        type, [=](auto t) { return choose_bits(bits, [=](auto b) { return call(t, b); }); });
+}
+
+template <class Call>  // call(item, bits)
+bool choose_item(int log2_size, int bits, Call call) {
+    return choose<u8, u16, u32, uint64_t>(
+        log2_size, [=](auto t) { return choose_bits(bits, [=](auto b) { return call(t, b); }); });
 }
 
 }  // namespace
@@ -290,42 +284,36 @@ bool with_item(int size, Call call) {
 
 EXPORT bool fxc_affine_encode(const void* x, u8* payload, i64 numel, i64 group, int bits,
                               int type, u32 k_a, u32 k_b, int threads) {
-    return with_float(type, [=](auto kind) {
-        using Type = decltype(kind);
-        return with_bits(bits, [=](auto b) {
-            encode_affine<Type, b()>(static_cast<const typename Type::Stored*>(x), payload, numel,
-                                     group, k_a, k_b, threads);
-        });
+    return choose_affine(type, bits, [=](auto t, auto b) {
+        auto* in = static_cast<const typename decltype(t)::Stored*>(x);
+        encode_affine<decltype(t), b()>(in, payload, numel, group, k_a, k_b, threads);
+        return true;
     });
 }
 
 EXPORT bool fxc_affine_decode(const u8* payload, void* x, i64 numel, i64 group, int bits,
                               int type, int threads) {
-    return with_float(type, [=](auto kind) {
-        using Type = decltype(kind);
-        return with_bits(bits, [=](auto b) {
-            decode_affine<Type, b()>(payload, static_cast<typename Type::Stored*>(x), numel,
-                                     group, threads);
-        });
+    return choose_affine(type, bits, [=](auto t, auto b) {
+        auto* out = static_cast<typename decltype(t)::Stored*>(x);
+        decode_affine<decltype(t), b()>(payload, out, numel, group, threads);
+        return true;
     });
 }
 
 EXPORT bool fxc_bits_encode(const void* x, u8* payload, i64 numel, i64 low, int bits,
-                            int item_size, int threads) {
-    return with_item(item_size, [=](auto item) {
-        return with_bits(bits, [=](auto b) {
-            using Item = decltype(item);
-            encode_bits<Item, b()>(static_cast<const Item*>(x), payload, numel, low, threads);
-        });
+                            int log2_size, int threads) {
+    return choose_item(log2_size, bits, [=](auto t, auto b) {
+        auto* in = static_cast<const decltype(t)*>(x);
+        encode_bits<decltype(t), b()>(in, payload, numel, low, threads);
+        return true;
     });
 }
 
 EXPORT bool fxc_bits_decode(const u8* payload, void* x, i64 numel, i64 low, int bits,
-                            int item_size, int threads) {
-    return with_item(item_size, [=](auto item) {
-        return with_bits(bits, [=](auto b) {
-            using Item = decltype(item);
-            decode_bits<Item, b()>(payload, static_cast<Item*>(x), numel, low, threads);
-        });
+                            int log2_size, int threads) {
+    return choose_item(log2_size, bits, [=](auto t, auto b) {
+        auto* out = static_cast<decltype(t)*>(x);
+        decode_bits<decltype(t), b()>(payload, out, numel, low, threads);
+        return true;
     });
 }

@@ -54,12 +54,16 @@ def affine_decode(payload: Tensor, x: Tensor, bits: int, group: int) -> None:
 
 def bits_encode(x: Tensor, payload: Tensor, bits: int, low: int) -> None:
     """Write the payload of `x` (bool or integers). See `codecs.bits`."""
-    _call("fxc_bits_encode", x, x, payload, low, bits, x.element_size())
+    _call("fxc_bits_encode", x, x, payload, low, bits, _log2(x.element_size()))
 
 
 def bits_decode(payload: Tensor, x: Tensor, bits: int, low: int) -> None:
     """Fill `x` (bool or integers) from its payload. See `codecs.bits`."""
-    _call("fxc_bits_decode", x, payload, x, low, bits, x.element_size())
+    _call("fxc_bits_decode", x, payload, x, low, bits, _log2(x.element_size()))
+
+
+def _log2(size: int) -> int:
+    return size.bit_length() - 1
 
 
 def _call(name: str, x: Tensor, source: Tensor, target: Tensor, *arguments: int) -> None:

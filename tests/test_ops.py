@@ -1,0 +1,94 @@
+"""The operators fxcompress::encode, decode and next_key: layouts, opcheck, torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fxcompress.ops
+from fxcompress import rng
+from fxcompress.codecs import Affine
+
+CPU = torch.device("cpu")
+KEY = torch.tensor([0x1234567890ABCDEF, 0])
+
+
+@pytest.mark.parametrize("spec", ["affine(bits=4,group=256)", "affine(bits=3,group=64)"])
+def test_channels_last_is_read_in_place(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops, key, order = torch.ops.fxcompress, KEY, [0, 2, 3, 1]
+    x = torch.randn(2, 5, 6, 7).to(memory_format=torch.channels_last)
+    stored = x.permute(order).contiguous()
+    payload = ops.encode(x, key, spec, 0, order)
+    assert torch.equal(payload, ops.encode(stored, key, spec, 0, [0, 1, 2, 3]))
+    assert torch.equal(payload, ops.encode(x.contiguous(), key, spec, 0, order))
+    decoded = ops.decode(payload, key, spec, 0, x.shape, order, x.dtype)
+    assert decoded.stride() == x.stride()
+    assert (decoded - x).abs().max() < 2.0
+    read: list[int] = []
+
+    def spy(codec: Affine, x: Tensor, key: Tensor | None, stream: int) -> Tensor:
+        read.append(x.data_ptr())
+        return payload
+
+    monkeypatch.setattr(Affine, "encode", spy)
+    ops.encode(x, key, spec, 0, order)
+    assert read == [x.data_ptr()]
+
+
+@settings(max_examples=30)
+@given(st.permutations(range(4)), st.lists(st.integers(0, 5), min_size=4, max_size=4))
+def test_any_order_keeps_the_logical_tensor(order: list[int], shape: list[int]) -> None:
+    ops = torch.ops.fxcompress
+    x = torch.randint(0, 4, shape)
+    payload = ops.encode(x, None, "bits(bits=2,low=0)", 0, order)
+    decoded = ops.decode(payload, None, "bits(bits=2,low=0)", 0, shape, order, x.dtype)
+    assert torch.equal(decoded, x)
+    assert decoded.permute(order).is_contiguous()
+
+
+def test_opcheck() -> None:
+    ops, key = torch.ops.fxcompress, KEY
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    for spec, sample in (("affine(bits=4,group=256)", x), ("bits(bits=1,low=0)", x > 0)):
+        order = [0, 2, 3, 1]
+        payload = ops.encode(sample, key, spec, 1, order)
+        torch.library.opcheck(ops.encode.default, (sample, key, spec, 1, order))
+        arguments = (payload, key, spec, 1, list(x.shape), order, sample.dtype)
+        torch.library.opcheck(ops.decode.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_ops_compile(backend: str, dynamic: bool) -> None:
+    ops, order, spec = torch.ops.fxcompress, [0, 2, 3, 1], "affine(bits=4,group=256)"
+
+    def step(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        key, unused = ops.next_key("plan", x.device), ops.next_key("plan", x.device)
+        y = x.relu()
+        payload = ops.encode(y, key, spec, 0, order)
+        mask = ops.encode(y > 0, key, "bits(bits=1,low=0)", 1, order)
+        return payload, mask, ops.decode(payload, key, spec, 0, y.shape, order, y.dtype), unused
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=dynamic)
+    for size in (6, 6, 8) if dynamic else (6, 6):
+        x = torch.randn(2, 3, size, 6).to(memory_format=torch.channels_last)
+        rng.manual_seed(size)
+        expected = step(x)
+        rng.manual_seed(size)
+        found = compiled(x)
+        assert all(map(torch.equal, found, expected))
+        assert found[2].stride() == x.stride()
+        assert found[3][1] == 1  # the second key of the step: neither merged nor folded
+        assert compiled(x)[3][1] == 3
+    rng.manual_seed(None)
+
+
+def test_step_hook_sees_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(fxcompress.ops, "on_step", [seen.append])
+    torch.ops.fxcompress.next_key("plan-7", CPU)
+    assert seen == ["plan-7"]
