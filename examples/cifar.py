@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=32, help="image side, pixels")
-    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, default=2, help="runs of each policy")
     parser.add_argument("--every", type=int, default=25, help="steps a line of the curves")
     parser.add_argument("--csv", type=Path, help="write every loss here")

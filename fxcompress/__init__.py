@@ -1,6 +1,6 @@
 """fxcompress: a torch.compile backend that trains in less memory.
 
-    torch.compile(model, backend=fxcompress.backend(budget_mb=4000))
+torch.compile(model, backend=fxcompress.backend(budget_mb=4000))
 """
 
 __version__ = "0.1.0"

@@ -19,6 +19,7 @@ from fxcompress.passes.rewrite import (
     integer_spec,
 )
 
+
 def exact_choice(candidate: Candidate) -> Choice:
     """The representation with the fewest bytes among those that change no gradient."""
     if candidate.keep:
@@ -40,9 +41,7 @@ def exact_choice(candidate: Candidate) -> Choice:
 def is_codable(candidate: Candidate) -> bool:
     """A lossy codec may hold it: a float tensor that smooth readers read."""
     return (
-        not candidate.keep
-        and bool(candidate.smooth)
-        and candidate.fake.dtype not in prop.INTEGERS
+        not candidate.keep and bool(candidate.smooth) and candidate.fake.dtype not in prop.INTEGERS
     )
 
 

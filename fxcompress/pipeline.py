@@ -79,17 +79,19 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         if not candidates:
             log.info("left as plain Inductor: nothing is saved for the backward")
             return None
-        decision = make_plan(cut, candidates, self.settings, self.ledger.reserved())
+        lays_out = self.settings.inner == "inductor"
+        channels_last = lays_out and torch_private.prefers_channels_last(cut.forward)
+        decision = make_plan(
+            cut, candidates, self.settings, self.ledger.reserved(), channels_last=channels_last
+        )
         plan = describe(decision, self.settings)
         log.info("%s", plan)
-        self.ledger.record(plan.saved_bytes)
         key = report.store(plan)
+        self.ledger.record(key)
         self.plans[key] = None
         if not decision.changes_anything:
             log.info("left as plain Inductor: %s", plan.note)
             return None
-        lays_out = self.settings.inner == "inductor"
-        channels_last = lays_out and torch_private.prefers_channels_last(cut.forward)
         rewritten = rewrite(cut, decision.choices, key, channels_last=channels_last)
         return rewritten.forward, rewritten.backward
 

@@ -62,7 +62,5 @@ def policy(name: str) -> Policy:
         hint = ""
         if re.fullmatch(r"uniform\d+", name):
             hint = " (widths are 1 to 8 bits)"
-        raise SettingsError(
-            f"unknown policy {name!r}{hint}; choose one of: {', '.join(_POLICIES)}"
-        )
+        raise SettingsError(f"unknown policy {name!r}{hint}; choose one of: {', '.join(_POLICIES)}")
     return found

@@ -7,26 +7,28 @@ such call of a compiled graph tells which plan it was built from.
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from collections.abc import Iterator
+from pathlib import Path
 
 from fxcompress import ops, torch_private
 from fxcompress.errors import FxCompressError
 from fxcompress.plan import Plan
 
-log = logging.getLogger("fxcompress")
+_Listener = Callable[[str], None]
 
-_seen: dict[str, None] = {}
-_listeners: ContextVar[tuple[dict[str, None], ...]] = ContextVar("listeners", default=())
+_plans: dict[str, Plan] = {}  # read or made in this process: the folder on disk may go away
+_executed: dict[str, None] = {}
+_listeners: ContextVar[tuple[_Listener, ...]] = ContextVar("listeners", default=())
 
 
 def store(plan: Plan) -> str:
     """Write ``plan`` beside Inductor's cache (atomically) and return its key."""
     key = plan.key()
+    _plans[key] = plan
     path = _path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
@@ -41,24 +43,26 @@ def read(key: str) -> Plan:
     Raises:
         FxCompressError: it is gone although a compiled graph still names it.
     """
-    try:
-        return Plan.load(_path(key))
-    except FileNotFoundError:
-        raise FxCompressError(
-            f"the plan {key} of a cached graph is missing from {_path(key).parent}; clear the "
-            "cache (rm -r that folder's parent) and compile again to have it made anew"
-        ) from None
+    if key not in _plans:
+        try:
+            _plans[key] = Plan.load(_path(key))
+        except FileNotFoundError:
+            raise FxCompressError(
+                f"the plan {key} of a cached graph is missing from {_path(key).parent}; clear "
+                "the cache (rm -r that folder's parent) and compile again to have it made anew"
+            ) from None
+    return _plans[key]
 
 
 def executed() -> list[str]:
     """Keys of all plans whose graphs ran in this process, in order of first use."""
-    return list(_seen)
+    return list(_executed)
 
 
 @contextmanager
-def listening(found: dict[str, None]) -> Iterator[None]:
-    """Collect into ``found`` the plan keys of graphs that run inside."""
-    token = _listeners.set((*_listeners.get(), found))
+def listening(listener: _Listener) -> Iterator[None]:
+    """Have ``listener`` called with the plan key of each rewritten graph that runs inside."""
+    token = _listeners.set((*_listeners.get(), listener))
     try:
         yield
     finally:
@@ -66,14 +70,13 @@ def listening(found: dict[str, None]) -> Iterator[None]:
 
 
 def _on_step(key: str) -> None:
-    for found in _listeners.get():
-        found[key] = None
-    if key not in _seen:
-        _seen[key] = None
+    _executed[key] = None
+    for listener in _listeners.get():
+        listener(key)
 
 
 ops.on_step.append(_on_step)
 
 
-def _path(key: str) -> "os.PathLike[str]":
+def _path(key: str) -> Path:
     return torch_private.cache_dir() / "fxcompress" / f"{key}.json"

@@ -312,7 +312,6 @@ def compile_with_aot_eager(
 
     As `aot_eager_decomp_partition` in torch/_dynamo/backends/debugging.py (2.0 to 2.15).
     """
-    import torch._inductor.lowering  # its decompositions look this up without importing it
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.backends.debugging import boxed_nop
     from torch._inductor.decomposition import select_decomp_table
@@ -330,13 +329,11 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     return dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
 
 
-def set_global_partitioner(partitioner: object | None) -> object | None:
-    """Install a partitioner under the plain Inductor backend; the one that was there before."""
+def inductor_patched(patches: dict[str, Any]) -> AbstractContextManager[None]:
+    """Inductor's global settings changed while inside (`torch._inductor.config.patch`, 2.0+)."""
     from torch._inductor import config
 
-    before = config.custom_partitioner_fn
-    config.custom_partitioner_fn = partitioner  # type: ignore[assignment]
-    return before
+    return config.patch(patches)  # type: ignore[return-value]
 
 
 def cache_dir() -> Path:

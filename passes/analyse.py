@@ -110,7 +110,7 @@ def analyse(cut: Cut, min_bytes: int) -> tuple[Candidate, ...]:
             _excluded(saved, root, held)
             or readers.keep
             or _too_small(saved, min_bytes)
-            or _is_statistic(saved)
+            or _is_statistic(saved, tainted)
         )
         storage = 0 if root in counted or root in held else _bytes(root)
         counted.add(root)
@@ -264,19 +264,31 @@ def _too_small(saved: Saved, min_bytes: int) -> str:
     return f"smaller than {min_bytes} bytes" if size < min_bytes else ""
 
 
-def _is_statistic(saved: Saved) -> str:
-    """Means, scales and the like: few numbers that many others lean on stay exact."""
+def _is_statistic(saved: Saved, tainted: set[fx.Node]) -> str:
+    """Means, scales and the like: few numbers that many others lean on stay exact.
+
+    Followed through views and what is computed from it alone at its own size: batch norm reads its
+    scale as ``unsqueeze(rstd * weight)``.
+    """
+    if prop.is_integer(saved.backward):
+        return ""  # exact in any case; a pooling index is read by a larger tensor too
     size = _numel(saved.backward)
-    for reader in saved.backward.users:
-        others = [n for n in reader.all_input_nodes if n is not saved.backward]
-        if (
-            prop.is_tensor(reader)
-            and not prop.is_extern(reader)
-            and not prop.is_view(reader)
-            and any(prop.is_tensor(n) for n in others)
-            and _numel(reader) >= STATISTIC_RATIO * size
-        ):
-            return "a statistic broadcast over a larger tensor"
+    pending, seen = [saved.backward], {saved.backward}
+    while pending:
+        node = pending.pop()
+        for reader in node.users:
+            if not prop.is_tensor(reader) or prop.is_extern(reader) or reader in seen:
+                continue
+            others = [n for n in reader.all_input_nodes if n is not node]
+            if (
+                not prop.is_view(reader)
+                and any(prop.is_tensor(n) for n in others)
+                and _numel(reader) >= STATISTIC_RATIO * size
+            ):
+                return "a statistic broadcast over a larger tensor"
+            if reader not in tainted and _numel(reader) == size:
+                seen.add(reader)
+                pending.append(reader)
     return ""
 
 

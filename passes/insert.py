@@ -23,9 +23,7 @@ def insert_key(forward: fx.GraphModule, plan_key: str, like: fx.Node) -> fx.Node
     """The step's random key, drawn at the top of the forward on the device of ``like``."""
     graph, value = forward.graph, prop.value(like)
     with graph.inserting_after(_last_placeholder(graph)):
-        node = graph.call_function(
-            torch.ops.fxcompress.next_key.default, (plan_key, value.device)
-        )
+        node = graph.call_function(torch.ops.fxcompress.next_key.default, (plan_key, value.device))
     with torch_private.fake_mode_of(value):
         node.meta["val"] = torch.empty(2, dtype=torch.int64, device=value.device)
     return node
@@ -142,9 +140,7 @@ def _laid_out(value: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     """A fake tensor like ``value`` whose memory is contiguous in ``order``."""
     inverse = sorted(range(len(order)), key=order.__getitem__)
     with torch_private.fake_mode_of(value):
-        dense = torch.empty(
-            [value.shape[d] for d in order], dtype=value.dtype, device=value.device
-        )
+        dense = torch.empty([value.shape[d] for d in order], dtype=value.dtype, device=value.device)
         return dense.permute(inverse)
 
 

@@ -17,15 +17,31 @@ from torch import fx
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-INTEGERS = frozenset(
-    {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-)
+INTEGERS = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 # Float-valued steps: a small error of the input can move the output by a whole unit.
 _STEPS = frozenset(
-    "floor ceil round trunc fix frac sign sgn heaviside fmod remainder floor_divide nextafter "
-    "signbit copysign bucketize searchsorted histc".split()
+    [
+        "floor",
+        "ceil",
+        "round",
+        "trunc",
+        "fix",
+        "frac",
+        "sign",
+        "sgn",
+        "heaviside",
+        "fmod",
+        "remainder",
+        "floor_divide",
+        "nextafter",
+        "signbit",
+        "copysign",
+        "bucketize",
+        "searchsorted",
+        "histc",
+    ]
 )
 
 # Readers that branch on the value they are given although both input and output are floats; left
@@ -95,25 +111,63 @@ _SHAPE_ONLY = {
 }
 
 # Outputs of one of these amplify an error of their input exponentially.
-_EXPONENTIAL = frozenset("exp exp2 expm1 sinh cosh".split())
+_EXPONENTIAL = frozenset(["exp", "exp2", "expm1", "sinh", "cosh"])
 
 # Ops along which an error stays in proportion: between a saved tensor and an exponential, these
 # do not tame it.
 _LINEAR = frozenset(
-    "add sub rsub mul div neg mm bmm addmm baddbmm convert_element_type _to_copy sum mean clone "
-    "where masked_fill".split()
+    [
+        "add",
+        "sub",
+        "rsub",
+        "mul",
+        "div",
+        "neg",
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "convert_element_type",
+        "_to_copy",
+        "sum",
+        "mean",
+        "clone",
+        "where",
+        "masked_fill",
+    ]
 )
 
 # Ops that never fuse into a neighbour: they read and write memory of their own.
 _EXTERN = frozenset(
-    "convolution convolution_backward mm bmm addmm baddbmm _fft_r2c _fft_c2c _fft_c2r "
-    "linalg_vector_norm_backward sort scatter_reduce _cudnn_rnn _cudnn_rnn_backward mkldnn_rnn_layer "
-    "mkldnn_rnn_layer_backward".split()
+    [
+        "convolution",
+        "convolution_backward",
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "_fft_r2c",
+        "_fft_c2c",
+        "_fft_c2r",
+        "sort",
+        "scatter_add",
+        "scatter_reduce",
+        "index_put",
+        "_unsafe_index_put",
+        "_unsafe_masked_index_put_accumulate",
+        "embedding_dense_backward",
+        "_cudnn_rnn",
+        "_cudnn_rnn_backward",
+        "mkldnn_rnn_layer",
+        "mkldnn_rnn_layer_backward",
+    ]
 )
 
 
 def op_name(node: fx.Node) -> str:
     """Base name of the node's operator: ``aten.mul.Tensor`` → ``mul``."""
+    if node.op != "call_function":
+        return node.op
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.split("::")[1]
@@ -179,7 +233,8 @@ def is_pure(node: fx.Node) -> bool:
     return (
         not target._schema.is_mutable
         and torch.Tag.nondeterministic_seeded not in target.tags
-        and target.namespace in {"aten", "prims", "prim", "inductor", "_inductor_test", "fxcompress"}
+        and target.namespace
+        in {"aten", "prims", "prim", "inductor", "_inductor_test", "fxcompress"}
         and not op_name(node).startswith("inductor_")  # random: seeds, lookups, draws
     )
 
@@ -197,8 +252,14 @@ def is_known(node: fx.Node) -> bool:
 def is_extern(node: fx.Node) -> bool:
     """Runs as a call of its own (matrix product, convolution, attention, an opaque op)."""
     name = op_name(node)
-    return name in _EXTERN or "attention" in name or (
-        node.op == "call_function" and not is_known(node) and node.target is not operator.getitem
+    return (
+        name in _EXTERN
+        or "attention" in name
+        or (
+            node.op == "call_function"
+            and not is_known(node)
+            and node.target is not operator.getitem
+        )
     )
 
 

@@ -26,7 +26,11 @@ def rebase(cut: Cut) -> Cut:
         if root.op == "placeholder" or root in held or not prop.is_tensor(root):
             continue
         total = sum(_numel(v.forward) for v in views)
-        if len(views) > 1 and total > _numel(root) and all(_is_chain(v.forward, root) for v in views):
+        if (
+            len(views) > 1
+            and total > _numel(root)
+            and all(_is_chain(v.forward, root) for v in views)
+        ):
             _save_root(cut, root, views)
             changed = True
     if not changed:

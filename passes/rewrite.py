@@ -27,6 +27,7 @@ from fxcompress.passes.insert import (
     insert_key,
     storage_order,
 )
+from fxcompress.passes.layout import pin_inputs
 
 KEEP, MASKS, SHAPE = "keep", "masks", "shape"
 WIDEST_INDEX = 16  # bits; a wider index is saved as it is
@@ -78,9 +79,7 @@ def integer_spec(bounds: tuple[int, int] | None) -> str | None:
     return f"bits(bits={bits},low={low})" if bits <= WIDEST_INDEX else None
 
 
-def rewrite(
-    cut: Cut, choices: Sequence[Choice], plan_key: str, *, channels_last: bool
-) -> Cut:
+def rewrite(cut: Cut, choices: Sequence[Choice], plan_key: str, *, channels_last: bool) -> Cut:
     """Apply ``choices`` to both graphs of ``cut``, in place, and return the new cut.
 
     Args:
@@ -89,6 +88,8 @@ def rewrite(
         plan_key: carried by the compiled graph to name its plan.
         channels_last: Inductor will lay feature maps out with channels fastest.
     """
+    if channels_last:
+        pin_inputs(cut)
     hoisted = forward_twins(cut, hoisted_nodes(choices))
     repeat_attention(
         cut.backward,
@@ -109,7 +110,9 @@ def rewrite(
         if device not in keys:
             keys[device] = insert_key(cut.forward, plan_key, node)
         if codec(spec).decode_needs_key and device not in received_keys:
-            last_checked = received_keys[device] = _receive(cut.backward, keys[device], last_checked)
+            last_checked = received_keys[device] = _receive(
+                cut.backward, keys[device], last_checked
+            )
             joined.append(keys[device])
 
     for node, twin, spec in masks:
@@ -161,9 +164,7 @@ def _receive(backward: fx.GraphModule, payload: fx.Node, after: fx.Node) -> fx.N
 def _swap_saved_set(cut: Cut, swapped: dict[fx.Node, fx.Node], joined: list[fx.Node]) -> Cut:
     """Bring outputs of the forward and placeholders of the backward in step."""
     cut.backward.graph.eliminate_dead_code()
-    unread = {
-        s.forward for s in cut.saved if s.forward not in swapped and not s.backward.users
-    }
+    unread = {s.forward for s in cut.saved if s.forward not in swapped and not s.backward.users}
     for saved in cut.saved:
         if saved.forward in swapped or saved.forward in unread:
             cut.backward.graph.erase_node(saved.backward)
@@ -171,9 +172,7 @@ def _swap_saved_set(cut: Cut, swapped: dict[fx.Node, fx.Node], joined: list[fx.N
     values = list(output.args[0])  # type: ignore[arg-type]
     users, saved_now = values[: cut.num_outputs], values[cut.num_outputs :]
     kept = [swapped.get(node, node) for node in saved_now if node not in unread]
-    checked = sum(
-        prop.is_tensor(node) and not torch_private.is_unchecked(node) for node in kept
-    )
+    checked = sum(prop.is_tensor(node) and not torch_private.is_unchecked(node) for node in kept)
     kept[checked:checked] = joined
     output.args = ((*users, *kept),)
     torch_private.describe_saved(output, cut.num_outputs)

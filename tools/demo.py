@@ -39,7 +39,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.compiled = torch.compile(self.model, backend=self.backend)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.compiled(images), labels)
@@ -124,7 +124,8 @@ def resnet(classes: int, seed: int) -> nn.Module:
     from torchvision.models.resnet import BasicBlock, ResNet
 
     torch.manual_seed(seed)
-    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=classes)
+    model: nn.Module = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=classes)
+    return model
 
 
 def _table(runs: list[Run], title: str) -> Table:

@@ -59,31 +59,31 @@ def measure_step(step: Callable[[], object], parameters: Iterable[Tensor]) -> St
     for gradient in [*arrived, *(p.grad for p in trained if p.grad is not None)]:
         storage = gradient.untyped_storage()
         gradients[storage.data_ptr()] = storage.nbytes()
-    return replay(events, gradients)
+    peak, left = replay(events, gradients)
+    made = sum(p.grad.nbytes for p in trained if p.grad is not None)
+    return StepMemory(peak_bytes=peak, gradient_bytes=made, left_bytes=left)
 
 
-def replay(events: Iterable[tuple[int, int]], gradients: dict[int, int]) -> StepMemory:
-    """Running sum over (pointer, bytes: negative when freed) events.
+def replay(events: Iterable[tuple[int, int]], gradients: dict[int, int]) -> tuple[int, int]:
+    """(peak, final) of the running sum over (pointer, bytes: negative when freed) events.
 
     `gradients` says how many bytes of the *last* allocation at a pointer are gradients.
     """
     events = list(events)
     last = {pointer: index for index, (pointer, size) in enumerate(events) if size > 0}
     live: dict[int, int] = {}
-    total = peak = gradient_bytes = 0
+    total = peak = 0
     for index, (pointer, size) in enumerate(events):
         if size > 0:
             if last[pointer] == index:
-                kept = min(size, gradients.get(pointer, 0))
-                gradient_bytes += kept
-                size -= kept
+                size -= min(size, gradients.get(pointer, 0))
             live[pointer] = size
             total += size
             peak = max(peak, total)
         else:
             # Our own record of the size: what was allocated before the window is not in it.
             total -= live.pop(pointer, 0)
-    return StepMemory(peak_bytes=peak, gradient_bytes=gradient_bytes, left_bytes=total)
+    return peak, total
 
 
 @dataclass(frozen=True)
