@@ -47,7 +47,10 @@ class Backend:
             SettingsError: a bad setting. BudgetError: no plan fits.
         """
         ours, patches = split_options(options or {})
-        settings = update(self.settings, ours)
+        try:
+            settings = update(self.settings, ours)
+        except FxCompressError as error:
+            return _refusal(error)
         if settings != self.partitioner.settings:
             self.partitioner = Partitioner(settings, self.partitioner.ledger)
         if settings.seed is not None:
@@ -155,7 +158,11 @@ def fxcompress(
     Settings come from ``options`` over the ``FXCOMPRESS_*`` variables.
     """
     ours, rest = split_options(kwargs.pop("options", None) or {})
-    return _named(make(**ours))(module, inputs, options=rest, **kwargs)
+    try:
+        settings = make(**ours)
+    except FxCompressError as error:
+        return _refusal(error)
+    return _named(settings)(module, inputs, options=rest, **kwargs)
 
 
 _by_settings: dict[Settings, Backend] = {}

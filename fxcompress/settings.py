@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -40,6 +41,12 @@ class Settings:
     min_bytes: int = 16384
 
     def __post_init__(self) -> None:
+        for name, parse in _PARSERS.items():
+            value = getattr(self, name)
+            kind, article = _KINDS[parse]
+            is_absent = value is None and name in _OPTIONAL
+            if not is_absent and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise SettingsError(f"{name}={value!r} is not {article}")
         check_policy(self.policy)
         if self.budget_mb is not None and not (
             math.isfinite(self.budget_mb) and self.budget_mb > 0
@@ -89,6 +96,14 @@ _PARSERS: dict[str, Any] = {
     "group": int,
     "min_bytes": int,
 }
+
+
+_KINDS: dict[Any, tuple[type, str]] = {
+    float: (numbers.Real, "a number"),
+    int: (numbers.Integral, "a whole number"),
+    str: (str, "a text"),
+}
+_OPTIONAL = frozenset({"budget_mb", "seed", "ratio_saved"})
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import fx
 import fxcompress.ops  # noqa: F401  (registers torch.ops.fxcompress)
 from fxcompress import torch_private
 from fxcompress.passes import properties as prop
+from fxcompress.passes.standardise import Units, restore
 
 _PROVENANCE = ("stack_trace", "nn_module_stack", "seq_nr", "autograd_backward", "custom")
 
@@ -64,18 +65,29 @@ def insert_decodes(
     key: fx.Node | None,
     stream: int,
     order: tuple[int, ...],
+    *,
+    coded: torch.Tensor | None = None,
+    units: Units | None = None,
 ) -> None:
-    """Let every reader of ``node`` read a decode of ``payload`` instead."""
+    """Let every reader of ``node`` read a decode of ``payload`` instead.
+
+    Args:
+        coded: fake value of what was encoded, where that is not ``node`` itself.
+        units: statistics to undo a standardisation with.
+    """
     graph, value = backward.graph, prop.value(node)
+    coded = value if coded is None else coded
     readers = [u for u in node.users if u.op != "output"]
     for cluster in clusters(graph, readers):
         with graph.inserting_before(cluster[0]):
             shape = torch_private.size_arguments(graph, value)
             decoded = graph.call_function(
                 torch.ops.fxcompress.decode.default,
-                (payload, key, spec, stream, shape, list(order), value.dtype),
+                (payload, key, spec, stream, shape, list(order), coded.dtype),
             )
-        decoded.meta = {**_provenance(cluster[0]), "val": _laid_out(value, order)}
+            decoded.meta = {**_provenance(cluster[0]), "val": _laid_out(coded, order)}
+            if units is not None:
+                decoded = restore(graph, decoded, units, value.dtype)
         for reader in cluster:
             reader.replace_input_with(node, decoded)
 

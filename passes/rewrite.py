@@ -18,7 +18,7 @@ from fxcompress.codecs import codec
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.attention import repeat_attention
-from fxcompress.passes.capture import Cut, output_node, pair
+from fxcompress.passes.capture import Cut, Saved, output_node, pair
 from fxcompress.passes.hoist import forward_twins
 from fxcompress.passes.insert import (
     insert_blank,
@@ -28,9 +28,10 @@ from fxcompress.passes.insert import (
     storage_order,
 )
 from fxcompress.passes.layout import pin_inputs
+from fxcompress.passes.standardise import Units, insert_standardised, units_of
 
 KEEP, MASKS, SHAPE = "keep", "masks", "shape"
-WIDEST_INDEX = 16  # bits; a wider index is saved as it is
+WIDEST_INDEX = 8  # bits, the most that the codec packs; a wider index is saved as it is
 
 
 @dataclass(frozen=True)
@@ -95,62 +96,103 @@ def rewrite(cut: Cut, choices: Sequence[Choice], plan_key: str, *, channels_last
         cut.backward,
         dict.fromkeys(n for c in choices if c.drops_values for n in c.candidate.attention),
     )
-    coded = [(c.candidate.saved.backward, c.candidate.saved.forward, c.codec_spec) for c in choices]
-    masks = [(node, twin, integer_spec(prop.integer_range(node))) for node, twin in hoisted.items()]
-    last_checked = _last_checked(cut)
-    swapped: dict[fx.Node, fx.Node] = {}  # forward node saved before → saved now
-    joined: list[fx.Node] = []  # forward nodes saved in addition
-
-    # One random key a device and step. Every encode is given it, drawing or not: the call that
-    # makes the key also names the plan to the report, and must not die as unused code.
-    keys: dict[torch.device, fx.Node] = {}
-    received_keys: dict[torch.device, fx.Node] = {}
-    for node, spec in [(source, spec) for _, source, spec in [*coded, *masks] if spec]:
-        device = prop.value(node).device
-        if device not in keys:
-            keys[device] = insert_key(cut.forward, plan_key, node)
-        if codec(spec).decode_needs_key and device not in received_keys:
-            last_checked = received_keys[device] = _receive(
-                cut.backward, keys[device], last_checked
-            )
-            joined.append(keys[device])
-
-    for node, twin, spec in masks:
-        if spec is None:
-            last_checked = _receive(cut.backward, twin, last_checked)
-            node.replace_all_uses_with(last_checked)
-            joined.append(twin)
-            continue
-        order = storage_order(prop.value(twin), channels_last)
-        key = keys[prop.value(twin).device]
-        payload = insert_encode(cut.forward, twin, spec, key, 0, order, at_once=True)
-        last_checked = _receive(cut.backward, payload, last_checked)
-        insert_decodes(cut.backward, node, last_checked, spec, None, 0, order)
-        joined.append(payload)
+    exchange = _Exchange(cut, plan_key, channels_last)
+    for node, twin in hoisted.items():
+        exchange.add_hoisted(node, twin, integer_spec(prop.integer_range(node)))
     cut.backward.graph.eliminate_dead_code()  # what only led to hoisted nodes needs no decode
-    for stream, (node, source, spec) in enumerate(coded):
-        if spec is None:
-            continue
-        device = prop.value(source).device
-        order = storage_order(prop.value(source), channels_last)
-        payload = insert_encode(cut.forward, source, spec, keys[device], stream, order)
-        unchecked = torch_private.copy_unchecked_mark(source, payload)
-        received = _receive(cut.backward, payload, node)
-        if node is last_checked and not unchecked:
-            last_checked = received
-        key = received_keys[device] if codec(spec).decode_needs_key else None
-        insert_decodes(cut.backward, node, received, spec, key, stream, order)
-        swapped[source] = payload
-    for choice in choices:
-        if choice.representation == SHAPE:
+    for stream, choice in enumerate(choices):
+        if choice.codec_spec is not None:
+            exchange.swap(choice.candidate.saved, choice.codec_spec, stream)
+        elif choice.representation == SHAPE:
             insert_blank(cut.backward, choice.candidate.saved.backward)
-    return _swap_saved_set(cut, swapped, joined)
+    return exchange.settle()
 
 
-def _last_checked(cut: Cut) -> fx.Node:
-    """Backward placeholder of the last version-checked tensor: where additional ones join."""
-    checked = [s for s in cut.saved if not torch_private.is_unchecked(s.forward)]
-    return (checked or cut.saved)[-1].backward
+class _Exchange:
+    """What passes from the forward to the backward, while it is being changed."""
+
+    def __init__(self, cut: Cut, plan_key: str, channels_last: bool) -> None:
+        self.cut, self.plan_key, self.channels_last = cut, plan_key, channels_last
+        self.keys: dict[torch.device, fx.Node] = {}
+        self.swapped: dict[fx.Node, fx.Node] = {}  # forward node saved before → saved now
+        self.joined: list[fx.Node] = []  # forward nodes saved in addition
+        self.received = {s.forward: s.backward for s in cut.saved}
+        checked = [s for s in cut.saved if not torch_private.is_unchecked(s.forward)]
+        self.last_checked = (checked or cut.saved)[-1].backward
+
+    def add_hoisted(self, node: fx.Node, twin: fx.Node, spec: str | None) -> None:
+        """Save ``twin`` and let the readers of the backward's ``node`` read it instead."""
+        if spec is None:
+            node.replace_all_uses_with(self._join(twin))
+            return
+        order = storage_order(prop.value(twin), self.channels_last)
+        key = self._key(twin)
+        payload = insert_encode(self.cut.forward, twin, spec, key, 0, order, at_once=True)
+        received = self._join(payload)
+        insert_decodes(self.cut.backward, node, received, spec, None, 0, order)
+
+    def swap(self, saved: Saved, spec: str, stream: int) -> None:
+        """Save a payload in place of the tensor."""
+        forward, backward = self.cut.forward, self.cut.backward
+        source, node, key = saved.forward, saved.backward, self._key(saved.forward)
+        units = None if codec(spec).lossless else units_of(source)
+        coded = source if units is None else insert_standardised(forward, source, units)
+        order = storage_order(prop.value(coded), self.channels_last)
+        payload = insert_encode(forward, coded, spec, key, stream, order)
+        unchecked = torch_private.copy_unchecked_mark(source, payload)
+        received = _receive(backward, payload, node)
+        if node is self.last_checked and not unchecked:
+            self.last_checked = received
+        received_key = self._join(key) if codec(spec).decode_needs_key else None
+        received_units = units and Units(self._join(units.mean), self._join(units.rstd))
+        insert_decodes(
+            backward, node, received, spec, received_key, stream, order,
+            coded=prop.value(coded), units=received_units,
+        )  # fmt: skip
+        self.swapped[source] = payload
+
+    def _key(self, node: fx.Node) -> fx.Node:
+        """The step's random key on the node's device.
+
+        Every encode is given it, drawing or not: the call that makes the key also names the plan to
+        the report, and must not die as unused code.
+        """
+        device = prop.value(node).device
+        if device not in self.keys:
+            self.keys[device] = insert_key(self.cut.forward, self.plan_key, node)
+        return self.keys[device]
+
+    def _join(self, node: fx.Node) -> fx.Node:
+        """Backward placeholder of one more forward node; the same one when asked again."""
+        if node not in self.received or node in self.swapped:
+            self.last_checked = _receive(self.cut.backward, node, self.last_checked)
+            self.received[node] = self.last_checked
+            self.joined.append(node)
+        return self.received[node]
+
+    def settle(self) -> Cut:
+        """Bring outputs of the forward and placeholders of the backward in step."""
+        cut = self.cut
+        cut.backward.graph.eliminate_dead_code()
+        gone = {
+            s.forward: s.backward
+            for s in cut.saved
+            if s.forward in self.swapped or not s.backward.users
+        }
+        for node in gone.values():
+            cut.backward.graph.erase_node(node)
+        output = output_node(cut.forward)
+        values = list(output.args[0])  # type: ignore[arg-type]
+        users, before = values[: cut.num_outputs], values[cut.num_outputs :]
+        now = [self.swapped.get(n, n) for n in before if n in self.swapped or n not in gone]
+        checked = sum(prop.is_tensor(n) and not torch_private.is_unchecked(n) for n in now)
+        output.args = ((*users, *now[:checked], *self.joined, *now[checked:]),)
+        torch_private.describe_saved(output, cut.num_outputs)
+        cut.forward.graph.eliminate_dead_code()
+        for module in (cut.forward, cut.backward):
+            module.graph.lint()
+            module.recompile()
+        return pair(cut.forward, cut.backward, cut.num_outputs, cut.static_inputs)
 
 
 def _receive(backward: fx.GraphModule, payload: fx.Node, after: fx.Node) -> fx.Node:
@@ -159,25 +201,3 @@ def _receive(backward: fx.GraphModule, payload: fx.Node, after: fx.Node) -> fx.N
         node = backward.graph.placeholder(payload.name)
     node.meta = dict(payload.meta)
     return node
-
-
-def _swap_saved_set(cut: Cut, swapped: dict[fx.Node, fx.Node], joined: list[fx.Node]) -> Cut:
-    """Bring outputs of the forward and placeholders of the backward in step."""
-    cut.backward.graph.eliminate_dead_code()
-    unread = {s.forward for s in cut.saved if s.forward not in swapped and not s.backward.users}
-    for saved in cut.saved:
-        if saved.forward in swapped or saved.forward in unread:
-            cut.backward.graph.erase_node(saved.backward)
-    output = output_node(cut.forward)
-    values = list(output.args[0])  # type: ignore[arg-type]
-    users, saved_now = values[: cut.num_outputs], values[cut.num_outputs :]
-    kept = [swapped.get(node, node) for node in saved_now if node not in unread]
-    checked = sum(prop.is_tensor(node) and not torch_private.is_unchecked(node) for node in kept)
-    kept[checked:checked] = joined
-    output.args = ((*users, *kept),)
-    torch_private.describe_saved(output, cut.num_outputs)
-    cut.forward.graph.eliminate_dead_code()
-    for module in (cut.forward, cut.backward):
-        module.graph.lint()
-        module.recompile()
-    return pair(cut.forward, cut.backward, cut.num_outputs, cut.static_inputs)

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fxcompress.passes.capture import Cut, output_args, pair, placeholders
-from fxcompress.passes.properties import storage_root
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -21,6 +19,8 @@ from torch.utils.checkpoint import (
 )
 
 from fxcompress import Plan, report, torch_private
+from fxcompress.passes.capture import Cut, output_args, pair, placeholders
+from fxcompress.passes.properties import storage_root
 from fxcompress.pipeline import Partitioner
 from fxcompress.settings import make
 
@@ -205,15 +205,18 @@ def test_pooling_indices_take_four_bits(conv_net: Recorder) -> None:
     assert packed[0].meta["val"].numel() == 2 * 8 * 4 * 4 // 2
 
 
-def test_wide_pooling_indices_hold_their_range() -> None:
-    """Indices that count through the whole image take as many bits as that has pixels."""
-    recorder = record(
-        nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveMaxPool2d(3)),
-        torch.randn(2, 1, 22, 22),
-        policy="lossless",
-    )
-    specs = [spec_of(e) for e in encodes(recorder.after)]
-    assert specs == ["bits(bits=9,low=0)"]  # 20 * 20 = 400 < 512
+@pytest.mark.parametrize(("size", "expected"), [(10, ["bits(bits=6,low=0)"]), (22, [])])
+def test_pooling_indices_of_a_whole_image(size: int, expected: list[str]) -> None:
+    """Indices that count through the image (8 by 8, 20 by 20) take as many bits as it has pixels.
+
+    More than the codec packs are saved as they are, and nothing else of the plan suffers.
+    """
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveMaxPool2d(3))
+    recorder = record(model, torch.randn(2, 1, size, size), policy="lossless")
+    assert [spec_of(e) for e in encodes(recorder.after)] == expected
+    found = {t.name: t.representation for t in recorder.plan.tensors}
+    assert found["convolution"] == "shape"  # its values are read by nobody
+    assert "convolution" not in [s.name for s in recorder.after.saved]
 
 
 # --- places -------------------------------------------------------------------------------------
