@@ -6,6 +6,7 @@ torch.compile(model, backend=fxcompress.backend(budget_mb=4000))
 __version__ = "0.1.0"
 
 from fxcompress.backend import backend, disable, enable, enabled, explain
+from fxcompress.check import Check, check
 from fxcompress.errors import BudgetError, CodecError, FxCompressError, SettingsError
 from fxcompress.plan import Plan, TensorPlan
 from fxcompress.policies import policies
@@ -13,12 +14,14 @@ from fxcompress.rng import manual_seed
 
 __all__ = [
     "BudgetError",
+    "Check",
     "CodecError",
     "FxCompressError",
     "Plan",
     "SettingsError",
     "TensorPlan",
     "backend",
+    "check",
     "disable",
     "enable",
     "enabled",

@@ -110,7 +110,11 @@ class Plan:
 
     @staticmethod
     def load(path: str | Path) -> Plan:
-        return Plan.from_json(Path(path).read_text())
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise FxCompressError(f"not a plan file: {error}") from error
+        return Plan.from_json(text)
 
     def key(self) -> str:
         """Content hash: what a compiled graph carries to name the plan it was built from."""

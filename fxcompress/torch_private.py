@@ -302,7 +302,8 @@ def compile_with_inductor(
 
     if partitioner is not None:
         patches = {**patches, "custom_partitioner_fn": partitioner}
-    return compile_fx(module, inputs, config_patches=patches or None)  # type: ignore[arg-type]
+    compiled: Any = compile_fx(module, inputs, config_patches=patches or None)
+    return compiled  # type: ignore[no-any-return]
 
 
 def compile_with_aot_eager(

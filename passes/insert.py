@@ -7,6 +7,7 @@ between them get a decode each: decoding twice is cheaper than keeping a full te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def storage_order(value: torch.Tensor, channels_last: bool) -> tuple[int, ...]:
     return tuple(by_stride)
 
 
-def clusters(graph: fx.Graph, readers: list[fx.Node]) -> list[list[fx.Node]]:
+def clusters(graph: fx.Graph, readers: Sequence[fx.Node]) -> list[list[fx.Node]]:
     """Readers in graph order, split where an op that does not fuse stands between two of them."""
     clusters: list[list[fx.Node]] = []
     pending = set(readers)

@@ -22,26 +22,10 @@ FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 # Float-valued steps: a small error of the input can move the output by a whole unit.
 _STEPS = frozenset(
-    [
-        "floor",
-        "ceil",
-        "round",
-        "trunc",
-        "fix",
-        "frac",
-        "sign",
-        "sgn",
-        "heaviside",
-        "fmod",
-        "remainder",
-        "floor_divide",
-        "nextafter",
-        "signbit",
-        "copysign",
-        "bucketize",
-        "searchsorted",
-        "histc",
-    ]
+    """
+    floor ceil round trunc fix frac sign sgn heaviside fmod remainder floor_divide nextafter
+    signbit copysign bucketize searchsorted histc
+    """.split()  # noqa: SIM905 (a list of words reads better than a column)
 )
 
 # Readers that branch on the value they are given although both input and output are floats; left
@@ -111,56 +95,29 @@ _SHAPE_ONLY = {
 }
 
 # Outputs of one of these amplify an error of their input exponentially.
-_EXPONENTIAL = frozenset(["exp", "exp2", "expm1", "sinh", "cosh"])
+_EXPONENTIAL = frozenset(
+    """
+    exp exp2 expm1 sinh cosh
+    """.split()  # noqa: SIM905 (a list of words reads better than a column)
+)
 
 # Ops along which an error stays in proportion: between a saved tensor and an exponential, these
 # do not tame it.
 _LINEAR = frozenset(
-    [
-        "add",
-        "sub",
-        "rsub",
-        "mul",
-        "div",
-        "neg",
-        "mm",
-        "bmm",
-        "addmm",
-        "baddbmm",
-        "convert_element_type",
-        "_to_copy",
-        "sum",
-        "mean",
-        "clone",
-        "where",
-        "masked_fill",
-    ]
+    """
+    add sub rsub mul div neg mm bmm addmm baddbmm convert_element_type _to_copy sum mean
+    clone where masked_fill
+    """.split()  # noqa: SIM905 (a list of words reads better than a column)
 )
 
 # Ops that never fuse into a neighbour: they read and write memory of their own.
 _EXTERN = frozenset(
-    [
-        "convolution",
-        "convolution_backward",
-        "mm",
-        "bmm",
-        "addmm",
-        "baddbmm",
-        "_fft_r2c",
-        "_fft_c2c",
-        "_fft_c2r",
-        "sort",
-        "scatter_add",
-        "scatter_reduce",
-        "index_put",
-        "_unsafe_index_put",
-        "_unsafe_masked_index_put_accumulate",
-        "embedding_dense_backward",
-        "_cudnn_rnn",
-        "_cudnn_rnn_backward",
-        "mkldnn_rnn_layer",
-        "mkldnn_rnn_layer_backward",
-    ]
+    """
+    convolution convolution_backward mm bmm addmm baddbmm _fft_r2c _fft_c2c _fft_c2r sort
+    scatter_add scatter_reduce index_put _unsafe_index_put
+    _unsafe_masked_index_put_accumulate embedding_dense_backward _cudnn_rnn
+    _cudnn_rnn_backward mkldnn_rnn_layer mkldnn_rnn_layer_backward
+    """.split()  # noqa: SIM905 (a list of words reads better than a column)
 )
 
 
