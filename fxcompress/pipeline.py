@@ -17,6 +17,7 @@ from fxcompress.ledger import Ledger
 from fxcompress.passes.analyse import analyse
 from fxcompress.passes.capture import CaptureError, Cut, pair
 from fxcompress.passes.rebase import rebase
+from fxcompress.passes.recompute import recompute
 from fxcompress.passes.rewrite import rewrite
 from fxcompress.planner import describe, make_plan
 from fxcompress.policies import policy
@@ -64,7 +65,8 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
             return plain
         try:
             cut = pair(*plain, kwargs["num_fwd_outputs"], static)
-            return self._compress(rebase(cut.copy())) or plain
+            cut = recompute(rebase(cut.copy()), self.settings.min_bytes)
+            return self._compress(cut) or plain
         except BudgetError:
             raise
         except CaptureError as error:

@@ -315,6 +315,7 @@ def compile_with_aot_eager(
     """
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.backends.debugging import boxed_nop
+    from torch._inductor import lowering  # noqa: F401  (pooling decompositions need it loaded)
     from torch._inductor.decomposition import select_decomp_table
 
     return aot_autograd(
@@ -416,3 +417,14 @@ def load_cpp(source: str) -> ctypes.CDLL | None:
     except Exception as error:  # no compiler, no disk space, a noexec cache folder...
         log.warning("CPU kernels are off, the slower reference is used: %s", error)
         return None
+
+
+def mutated_inputs(module: torch.fx.GraphModule) -> set[torch.fx.Node]:
+    """Placeholders that the functionalized graph writes to at its end (`aten.copy_`)."""
+    return {
+        node.args[0]
+        for node in module.graph.find_nodes(
+            op="call_function", target=torch.ops.aten.copy_.default
+        )
+        if isinstance(node.args[0], torch.fx.Node)
+    }

@@ -542,7 +542,7 @@ def test_tight_budget_is_met_with_little_noise(peaks: tuple[int, float]) -> None
         assert plan.planned_peak_bytes <= budget * 1e6
         assert plan.plain_peak_bytes == peaks[0]
         errors.append(error(gradients(model), exact))
-    assert 0 < errors[0] < 0.02
+    assert 0 < errors[0] < 0.05
     assert errors == sorted(errors)
 
 

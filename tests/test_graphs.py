@@ -258,6 +258,21 @@ def test_no_matmul_or_convolution_while_a_decode_waits(coded: Recorder) -> None:
             assert name_of(other) not in big or other in node.users
 
 
+def test_far_apart_readers_get_a_decode_each() -> None:
+    """Decoding twice is cheaper than a full tensor that waits through a matrix product."""
+    first, second, third = (nn.Linear(16, 16) for _ in range(3))
+
+    def step(x: Tensor) -> Tensor:
+        y = first(x)
+        return third(F.gelu(second(F.gelu(y)))) * F.silu(y)
+
+    recorder = record(step, torch.randn(64, 16), policy="uniform4")
+    test_decode_precedes_its_readers(recorder)
+    test_no_matmul_or_convolution_while_a_decode_waits(recorder)
+    payloads = [d.args[0] for d in decodes(recorder.after)]
+    assert len(payloads) > len(set(payloads))
+
+
 # --- order and identity ---------------------------------------------------------------------------
 
 
@@ -508,16 +523,18 @@ class KeptOnContext(torch.autograd.Function):
 
 
 def test_unchecked_tensors_keep_their_slot() -> None:
-    first, second = nn.Linear(16, 16), nn.Linear(16, 16)
+    first, second, third = (nn.Linear(16, 16) for _ in range(3))
 
     def step(x: Tensor) -> Tensor:
-        return F.relu(KeptOnContext.apply(first(x), second(x)))
+        return third(F.relu(KeptOnContext.apply(first(x), second(x))))
 
     recorder = record(step, torch.randn(64, 16), policy="uniform4")
     before = [torch_private.is_unchecked(s.forward) for s in recorder.before.saved]
     assert any(before), "PyTorch no longer marks them: find out how it does now"
     after = [torch_private.is_unchecked(s.forward) for s in recorder.after.saved]
     assert sum(after) == sum(before)
+    joined = {e.name for e in encodes(recorder.after) if spec_of(e).startswith("bits(bits=1,")}
+    assert joined, "no mask joins the version-checked ones"
     assert len([e for e in encodes(recorder.after) if spec_of(e).startswith("affine")]) >= 2
     check_order(recorder)
 
