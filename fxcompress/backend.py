@@ -56,6 +56,8 @@ class Backend:
         if settings.seed is not None:
             rng.manual_seed(settings.seed)
         frame = torch_private.frame_id()
+        graph = report.graph_key(module, inputs, self.partitioner.uuid())
+        self.partitioner.plans.clear()
         try:
             if settings.inner == "aot_eager":
                 compiled = torch_private.compile_with_aot_eager(module, inputs, self.partitioner)
@@ -70,7 +72,11 @@ class Backend:
                 )
         except FxCompressError as error:
             return _refusal(error)
-        self.plans.update(self.partitioner.plans)
+        if self.partitioner.plans:
+            report.remember(graph, list(self.partitioner.plans))
+        for key in self.partitioner.plans or report.recall(graph):
+            self.plans[key] = None
+            self.partitioner.ledger.learn(key, frame)
         return self._watch_first_call(compiled, frame)
 
     def _watch_first_call(self, compiled: Callable[..., Any], frame: object) -> Callable[..., Any]:
@@ -173,24 +179,54 @@ def _named(settings: Settings) -> Backend:
     return _by_settings.setdefault(settings, Backend(settings))
 
 
+class Enabled:
+    """What :func:`enabled` compiled; ask :meth:`plan`, or pass it to :func:`explain`."""
+
+    is_fxcompress_backend = True
+
+    def __init__(self, partitioner: Partitioner) -> None:
+        self.partitioner = partitioner
+        self.executed: dict[str, None] = {}
+
+    def learn(self, plan_key: str) -> None:
+        """Called with the plan of each rewritten graph that runs."""
+        self.executed[plan_key] = None
+        self.partitioner.ledger.learn(plan_key)
+
+    def plan(self) -> Plan:
+        """The plan of all graphs compiled or run so far.
+
+        Raises:
+            FxCompressError: none yet.
+        """
+        keys = {**self.partitioner.plans, **self.executed}
+        return merge(report.read(key) for key in keys)
+
+
 @contextmanager
-def enabled(budget_mb: float | None = None, **settings: Any) -> Iterator[None]:
+def enabled(budget_mb: float | None = None, **settings: Any) -> Iterator[Enabled]:
     """Compress under the plain ``backend="inductor"`` while inside the ``with`` block.
 
     For trainers whose list of backends is closed (Accelerate's and so Hugging Face Trainer's). The
     compile happens at the first step, so the block must cover it; cover the whole training.
 
-    Args, Raises: as :func:`backend`.
+    Args, Raises: as :func:`backend`; a BudgetError is raised out of the block.
     """
     if budget_mb is not None:
         settings["budget_mb"] = budget_mb
     made = make(**settings)
     if made.seed is not None:
         rng.manual_seed(made.seed)
-    partitioner = Partitioner(made, Ledger())
-    patches = {"custom_partitioner_fn": partitioner, **_memory_options(made)}
-    with torch_private.inductor_patched(patches), report.listening(partitioner.ledger.learn):
-        yield
+    found = Enabled(Partitioner(made, Ledger()))
+    patches = {"custom_partitioner_fn": found.partitioner, **_memory_options(made)}
+    with torch_private.inductor_patched(patches), report.listening(found.learn):
+        try:
+            yield found
+        except Exception as error:
+            inner = getattr(error, "inner_exception", None)  # of Dynamo's BackendCompilerFailed
+            if isinstance(inner, FxCompressError):
+                raise inner from None
+            raise
 
 
 def enable(budget_mb: float | None = None, **settings: Any) -> None:

@@ -27,7 +27,10 @@ def exact_choice(candidate: Candidate) -> Choice:
     if candidate.fake.dtype in prop.INTEGERS:
         spec = integer_spec(candidate.integers)
         if spec is None:
-            return Choice(candidate, KEEP, "integers of unknown range")
+            wide = (
+                "integers too wide to pack" if candidate.integers else "integers of unknown range"
+            )
+            return Choice(candidate, KEEP, wide)
         if payload_bytes(candidate, spec) >= candidate.own_bytes:
             return Choice(candidate, KEEP, "already as narrow as its range")
         return Choice(candidate, spec, "")

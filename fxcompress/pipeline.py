@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from fxcompress.passes.analyse import analyse
 from fxcompress.passes.capture import CaptureError, Cut, pair
 from fxcompress.passes.rebase import rebase
 from fxcompress.passes.recompute import recompute
-from fxcompress.passes.rewrite import rewrite
-from fxcompress.planner import describe, make_plan
+from fxcompress.passes.rewrite import KEEP, rewrite
+from fxcompress.plan import Plan
+from fxcompress.planner import baseline, describe, fits_already, leave_alone, make_plan
 from fxcompress.policies import policy
 from fxcompress.settings import Settings
 
@@ -48,7 +48,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         A plan follows from the joint graph (in the key already) and from these.
         """
         return "|".join(
-            ("fxcompress", __version__, _sources_hash(), self.settings.key(), self.ledger.key())
+            ("fxcompress", __version__, _SOURCES, self.settings.key(), self.ledger.key())
         )
 
     def __call__(
@@ -65,40 +65,56 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
             return plain
         try:
             cut = pair(*plain, kwargs["num_fwd_outputs"], static)
-            cut = recompute(rebase(cut.copy()), self.settings.min_bytes)
-            return self._compress(cut) or plain
+            return self._compress(cut.copy()) or plain
         except BudgetError:
             raise
         except CaptureError as error:
-            log.warning("left as plain Inductor: %s", error)
-        except Exception:
+            self._declined(f"left as plain Inductor: {error}")
+        except Exception as error:
             log.exception("left as plain Inductor: a pass failed; please report this")
+            self._declined(f"left as plain Inductor: a pass failed ({error!r})")
         return plain
 
     def _compress(self, cut: Cut) -> _Modules | None:
         """The two graphs of the plan, made from ``cut`` in place; None to leave all as it was."""
-        candidates = analyse(cut, self.settings.min_bytes)
-        if not candidates:
-            log.info("left as plain Inductor: nothing is saved for the backward")
-            return None
-        lays_out = self.settings.inner == "inductor"
+        settings, reserved = self.settings, self.ledger.reserved()
+        lays_out = settings.inner == "inductor"
         channels_last = lays_out and torch_private.prefers_channels_last(cut.forward)
+        cut = rebase(cut)
+        plain = baseline(cut, settings.min_bytes, reserved, channels_last=channels_last)
+        if not plain.candidates:
+            self._declined("left as plain Inductor: nothing is saved for the backward")
+            return None
+        if fits_already(plain, settings):
+            note = f"plain Inductor needs {plain.peak / 1e6:.1f} MB, within the budget"
+            self._record(describe(leave_alone(plain, note), plain, settings))
+            return None
+        cut = recompute(cut, settings.min_bytes)
+        candidates = analyse(cut, settings.min_bytes)
         decision = make_plan(
-            cut, candidates, self.settings, self.ledger.reserved(), channels_last=channels_last
+            cut, candidates, plain, settings, reserved, channels_last=channels_last
         )
-        plan = describe(decision, self.settings)
+        plan = describe(decision, plain, settings)
+        if all(tensor.representation == KEEP for tensor in plan.tensors):
+            self._record(describe(leave_alone(plain, "nothing to gain"), plain, settings))
+            return None
+        key = self._record(plan)
+        rewritten = rewrite(cut, decision.choices, key, channels_last=channels_last)
+        return rewritten.forward, rewritten.backward
+
+    def _declined(self, note: str) -> None:
+        """Record a graph that is compiled as plain Inductor would, and why."""
+        log.info("%s", note)
+        self._record(Plan(self.settings.policy, self.settings.budget_mb, (), 0, 0, note))
+
+    def _record(self, plan: Plan) -> str:
         log.info("%s", plan)
         key = report.store(plan)
         self.ledger.record(key)
         self.plans[key] = None
-        if not decision.changes_anything:
-            log.info("left as plain Inductor: %s", plan.note)
-            return None
-        rewritten = rewrite(cut, decision.choices, key, channels_last=channels_last)
-        return rewritten.forward, rewritten.backward
+        return key
 
 
-@cache
 def _sources_hash() -> str:
     """Hash of the package's own sources: another version of a pass is another plan."""
     import fxcompress.passes
@@ -109,3 +125,6 @@ def _sources_hash() -> str:
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+_SOURCES = _sources_hash()  # of the sources that are loaded, not of later edits

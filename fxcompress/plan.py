@@ -32,7 +32,8 @@ class TensorPlan:
             pooling indices, …) never see a decoded value.
         recompute: cheap ops that would rebuild it from other saved tensors; empty if none would.
         representation: a codec's spec, "keep", "masks" (only what its exact readers need is
-            saved), "shape" (no reader looks at the values) or "derive" (a view of a saved base).
+            saved), "shape" (no reader looks at the values) or "recompute" (a few pointwise steps
+            rebuild it from another saved tensor).
         bytes_after: bytes saved for it now, its share of hoisted masks included.
         reason: why it was left alone, or why it has this representation.
     """

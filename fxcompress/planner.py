@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fxcompress.choose import (
     affine_choice,
@@ -22,7 +22,7 @@ from fxcompress.choose import (
 )
 from fxcompress.errors import BudgetError
 from fxcompress.passes import properties as prop
-from fxcompress.passes.analyse import Candidate, saved_bytes
+from fxcompress.passes.analyse import Candidate, analyse, saved_bytes
 from fxcompress.passes.capture import Cut
 from fxcompress.passes.rewrite import KEEP, Choice
 from fxcompress.peak import Timeline, timeline
@@ -39,22 +39,55 @@ MARGIN = 1.06
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """Plain Inductor on the same graph.
+
+    Attributes:
+        candidates: its saved tensors.
+        peak: modelled peak of its step, bytes, what other graphs keep saved included.
+    """
+
+    candidates: tuple[Candidate, ...]
+    peak: int
+
+    @property
+    def saved_bytes(self) -> int:
+        return saved_bytes(self.candidates)
+
+
+@dataclass(frozen=True)
 class Decision:
     """Choices for all candidates of one graph, and what they are expected to cost."""
 
     choices: tuple[Choice, ...]
-    plain_peak: int
     planned_peak: int
-    note: str
+    note: str = ""
 
-    @property
-    def changes_anything(self) -> bool:
-        return any(c.representation != KEEP for c in self.choices)
+
+def baseline(cut: Cut, min_bytes: int, reserved: int, *, channels_last: bool) -> Baseline:
+    """Measure the cut of plain Inductor, before anything is changed."""
+    candidates = analyse(cut, min_bytes)
+    memory = timeline(cut, candidates, channels_last=channels_last)
+    keep = [Choice(c, KEEP) for c in candidates]
+    return Baseline(candidates, memory.plain_peak(keep) + reserved)
+
+
+def fits_already(plain: Baseline, settings: Settings) -> bool:
+    """Plain Inductor stays within the budget."""
+    budget = settings.budget_bytes
+    return budget is not None and plain.peak * MARGIN <= budget
+
+
+def leave_alone(plain: Baseline, note: str) -> Decision:
+    """Keep every tensor of plain Inductor, for the reason in ``note``."""
+    keep = tuple(Choice(c, KEEP, c.keep or "kept") for c in plain.candidates)
+    return Decision(keep, plain.peak, note)
 
 
 def make_plan(
     cut: Cut,
     candidates: Sequence[Candidate],
+    plain: Baseline,
     settings: Settings,
     reserved: int,
     *,
@@ -65,6 +98,7 @@ def make_plan(
     Args:
         cut: the graphs.
         candidates: from :func:`fxcompress.passes.analyse.analyse`.
+        plain: what plain Inductor needs.
         settings: what the user asked for.
         reserved: bytes that other graphs of the model keep saved meanwhile.
         channels_last: Inductor will lay feature maps out with channels fastest.
@@ -73,28 +107,26 @@ def make_plan(
         BudgetError: the budget is below what the policy can reach.
     """
     memory = timeline(cut, candidates, channels_last=channels_last)
-    keep = tuple(Choice(c, KEEP, c.keep or "kept") for c in candidates)
-    plain_peak = memory.plain_peak(keep) + reserved
-    budget = settings.budget_bytes
-    if budget is not None and plain_peak * MARGIN <= budget:
-        note = f"plain Inductor needs {plain_peak / 1e6:.1f} MB, within the budget"
-        return Decision(keep, plain_peak, plain_peak, note)
-    choices = _choose(candidates, settings, memory, reserved)
+    choices = _choose(candidates, plain, settings, memory, reserved)
     planned = memory.peak(choices) + reserved
+    budget = settings.budget_bytes
     if budget is not None and planned * MARGIN > budget + 1:
         raise _infeasible(candidates, choices, settings, memory, reserved)
-    note = "" if any(c.representation != KEEP for c in choices) else "nothing to gain"
-    return Decision(choices, plain_peak, planned, note)
+    return Decision(choices, planned)
 
 
 def _choose(
-    candidates: Sequence[Candidate], settings: Settings, memory: Timeline, reserved: int
+    candidates: Sequence[Candidate],
+    plain: Baseline,
+    settings: Settings,
+    memory: Timeline,
+    reserved: int,
 ) -> tuple[Choice, ...]:
     chosen = policy(settings.policy)
     bits = chosen.bits
     if chosen.choose:
         if settings.budget_bytes is not None or settings.ratio_saved is not None:
-            return _solve(candidates, settings, memory, reserved)
+            return _solve(candidates, plain, settings, memory, reserved)
         bits = DEFAULT_BITS
 
     def fixed(candidate: Candidate) -> Choice:
@@ -142,7 +174,11 @@ def _ladder(candidate: Candidate, group: int) -> list[Option]:
 
 
 def _solve(
-    candidates: Sequence[Candidate], settings: Settings, memory: Timeline, reserved: int
+    candidates: Sequence[Candidate],
+    plain: Baseline,
+    settings: Settings,
+    memory: Timeline,
+    reserved: int,
 ) -> tuple[Choice, ...]:
     """The least noisy choices within the budget or the ratio; the smallest if none are."""
     program = build([_ladder(c, settings.group) for c in candidates], memory)
@@ -150,11 +186,11 @@ def _solve(
         limit = settings.budget_bytes / MARGIN - reserved
         return least_noise(program, peak=limit) or least_peak(program)
     assert settings.ratio_saved is not None
-    found = least_noise(program, saved=saved_bytes(candidates) / settings.ratio_saved)
+    found = least_noise(program, saved=plain.saved_bytes / settings.ratio_saved)
     if found is None:
         smallest = least_saved(program)
         masks = mask_bytes(smallest)
-        ratio = saved_bytes(candidates) / sum(bytes_of(c, masks) for c in smallest)
+        ratio = plain.saved_bytes / sum(bytes_of(c, masks) for c in smallest)
         raise BudgetError(
             f"ratio_saved={settings.ratio_saved:g} is out of reach: this model's saved bytes "
             f"shrink by {ratio:.1f} at most; ask for ratio_saved={ratio:.1f} or less"
@@ -199,20 +235,35 @@ def _round_up_mb(size: float) -> str:
     return f"{math.ceil(size / 1e5) / 10:.1f}"
 
 
-def describe(decision: Decision, settings: Settings) -> Plan:
-    """The decision as data for the report."""
+def describe(decision: Decision, plain: Baseline, settings: Settings) -> Plan:
+    """The decision as data for the report: a row for each tensor that plain Inductor saves."""
     masks = mask_bytes(decision.choices)
+    chosen = {c.candidate.name: c for c in decision.choices}
+    before = {c.name: c.storage_bytes for c in plain.candidates}
+    rows = [
+        _row(chosen[c.name], masks, c.storage_bytes) if c.name in chosen else _rebuilt(c)
+        for c in plain.candidates
+    ]
+    # Statistics that a recomputation needs are saved although plain Inductor does not.
+    rows += [_row(c, masks, 0) for name, c in chosen.items() if name not in before]
     return Plan(
         policy=settings.policy,
         budget_mb=settings.budget_mb,
-        tensors=tuple(_row(c, masks) for c in decision.choices),
-        plain_peak_bytes=decision.plain_peak,
+        tensors=tuple(rows),
+        plain_peak_bytes=plain.peak,
         planned_peak_bytes=decision.planned_peak,
         note=decision.note,
     )
 
 
-def _row(choice: Choice, masks: dict[str, int]) -> TensorPlan:
+def _rebuilt(candidate: Candidate) -> TensorPlan:
+    row = _row(Choice(candidate, KEEP), {}, candidate.storage_bytes)
+    steps = f"{len(candidate.recompute)} steps" if candidate.recompute else "pointwise steps"
+    reason = f"rebuilt by {steps} from another saved tensor"
+    return replace(row, representation="recompute", bytes_after=0, reason=reason)
+
+
+def _row(choice: Choice, masks: dict[str, int], before: int) -> TensorPlan:
     candidate = choice.candidate
     node, fake = candidate.saved.forward, candidate.fake
     return TensorPlan(
@@ -222,7 +273,7 @@ def _row(choice: Choice, masks: dict[str, int]) -> TensorPlan:
         op=prop.op_name(node),
         shape=tuple(s if isinstance(s, int) else str(s) for s in fake.shape),
         dtype=str(fake.dtype),
-        storage_bytes=candidate.storage_bytes,
+        storage_bytes=before,
         smooth_readers=tuple(prop.op_name(n) for n in candidate.smooth),
         exact_readers=tuple(prop.op_name(n) for n in candidate.exact),
         recompute=tuple(prop.op_name(n) for n in candidate.recompute),

@@ -1,18 +1,23 @@
 """Report: plans on disk beside the compiled graphs, found again by the key that each graph carries.
 
 A graph from Inductor's on-disk cache never passes through the partitioner, so the plan cannot be
-kept in memory only. Every rewritten graph calls ``fxcompress::next_key(plan_key, …)``; the first
-such call of a compiled graph tells which plan it was built from.
+kept in memory only. It is found again by the Dynamo graph it belongs to (our own backend), or by
+the compiled graph itself: every rewritten one calls ``fxcompress::next_key(plan_key, …)``, and the
+first such call tells which plan it was built from.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+
+import torch
 
 from fxcompress import ops, torch_private
 from fxcompress.errors import FxCompressError
@@ -52,6 +57,35 @@ def read(key: str) -> Plan:
                 "the cache (rm -r that folder's parent) and compile again to have it made anew"
             ) from None
     return _plans[key]
+
+
+def graph_key(module: torch.fx.GraphModule, inputs: Sequence[object], uuid: str) -> str:
+    """Name of a Dynamo graph under some settings, equal in every process."""
+    digest = hashlib.sha256(uuid.encode())
+    digest.update(module.code.encode())
+    for value in inputs:
+        if isinstance(value, torch.Tensor):
+            layout = (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
+            digest.update(repr(layout).encode())
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()[:24]
+
+
+def remember(graph: str, plans: Sequence[str]) -> None:
+    """Note which plans a graph was compiled with, for a process that finds it in the cache."""
+    path = _path(f"graph-{graph}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(list(plans)))
+
+
+def recall(graph: str) -> list[str]:
+    """Plans of a graph that an earlier process compiled; none if it did not."""
+    try:
+        found: list[str] = json.loads(_path(f"graph-{graph}").read_text())
+    except (FileNotFoundError, ValueError):
+        return []
+    return [key for key in found if key in _plans or _path(key).exists()]
 
 
 def executed() -> list[str]:

@@ -423,8 +423,6 @@ def mutated_inputs(module: torch.fx.GraphModule) -> set[torch.fx.Node]:
     """Placeholders that the functionalized graph writes to at its end (`aten.copy_`)."""
     return {
         node.args[0]
-        for node in module.graph.find_nodes(
-            op="call_function", target=torch.ops.aten.copy_.default
-        )
+        for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
         if isinstance(node.args[0], torch.fx.Node)
     }

@@ -1,9 +1,9 @@
 """Recompute: do not save what a few pointwise steps rebuild from another saved tensor.
 
-Min-cut saves both the input and the output of a GELU, both a convolution's output and the ReLU of its
-batch norm: it counts kernels, and reading either is as fast. Here the second one costs a payload, its
-encode and its decode, while rebuilding it fuses into the read of the first. Only steps that do not
-magnify an error are taken, so the rebuilt tensor is about as far off as its source.
+Min-cut saves both the input and the output of a GELU, both a convolution's output and the ReLU of
+its batch norm: it counts kernels, and reading either is as fast. Here the second one costs a
+payload, its encode and its decode, while rebuilding it fuses into the read of the first. Only steps
+that do not magnify an error are taken, so the rebuilt tensor is about as far off as its source.
 
 This runs before the analysis: comparisons of a rebuilt tensor show up as readers of its source and
 are hoisted like any other.
@@ -137,7 +137,7 @@ def _rebuild(graph: fx.Graph, recipe: Recipe, received: dict[fx.Node, fx.Node]) 
         made = {source: received[source] for source in recipe.sources}
         with graph.inserting_before(cluster[0]):
             for step in recipe.steps:
-                copy = graph.node_copy(step, lambda n: made[n])
+                copy = graph.node_copy(step, made.__getitem__)
                 copy.meta["autograd_backward"] = True
                 made[step] = copy
         for reader in cluster:

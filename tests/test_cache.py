@@ -134,7 +134,6 @@ def test_second_process_hits_with_the_right_plan(
     assert result["gradients"] == first[0]["gradients"]
 
 
-@pytest.mark.xfail(strict=True, reason="a graph that is left alone carries no plan key")
 def test_unchanged_graphs_are_explained_after_a_hit(
     first: list[dict[str, Any]], second: list[dict[str, Any]]
 ) -> None:
