@@ -542,8 +542,9 @@ def test_tight_budget_is_met_with_little_noise(peaks: tuple[int, float]) -> None
         assert plan.planned_peak_bytes <= budget * 1e6
         assert plan.plain_peak_bytes == peaks[0]
         errors.append(error(gradients(model), exact))
-    assert 0 < errors[0] < 0.05
+    assert errors[0] == 0.0  # exact recomputation is enough, so no noise is added
     assert errors == sorted(errors)
+    assert 0 < errors[-1] < 0.1
 
 
 def test_smallest_feasible_budget_is_feasible(peaks: tuple[int, float]) -> None:
@@ -585,11 +586,9 @@ def test_budget_error_under_either_compiler(inner: str) -> None:
 
 
 def test_budget_error_under_enabled() -> None:
-    """Dynamo wraps what plain Inductor raises; the message and the error itself are in there."""
-    with fxcompress.enabled(budget_mb=0.02), pytest.raises(Exception, match="feasible") as caught:
+    """Dynamo wraps what plain Inductor raises; the block gives it back as it was."""
+    with pytest.raises(fxcompress.BudgetError, match="feasible"), fxcompress.enabled(budget_mb=0.02):
         torch.compile(Deep(), backend="inductor")(deep_batch())
-    error = getattr(caught.value, "inner_exception", caught.value)
-    assert isinstance(error, fxcompress.BudgetError)
 
 
 def test_budget_error_by_name() -> None:
