@@ -587,7 +587,8 @@ def test_budget_error_under_either_compiler(inner: str) -> None:
 
 def test_budget_error_under_enabled() -> None:
     """Dynamo wraps what plain Inductor raises; the block gives it back as it was."""
-    with pytest.raises(fxcompress.BudgetError, match="feasible"), fxcompress.enabled(budget_mb=0.02):
+    feasible = pytest.raises(fxcompress.BudgetError, match="feasible")
+    with feasible, fxcompress.enabled(budget_mb=0.02):
         torch.compile(Deep(), backend="inductor")(deep_batch())
 
 
