@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         )
         plan = describe(decision, plain, settings)
         if all(tensor.representation == KEEP for tensor in plan.tensors):
-            self._record(describe(leave_alone(plain, "nothing to gain"), plain, settings))
+            unchanged = {"note": "nothing to gain", "planned_peak_bytes": plain.peak}
+            self._record(replace(plan, **unchanged))  # type: ignore[arg-type]
             return None
         key = self._record(plan)
         rewritten = rewrite(cut, decision.choices, key, channels_last=channels_last)
