@@ -1,0 +1,113 @@
+"""Passes that change what is saved before any codec: recompute, standardise; and check()."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_graphs import Recorder, record
+from torch import Tensor, nn
+
+import fxcompress
+from fxcompress.passes.properties import op_name
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Blocks(nn.Module):
+    """Two blocks conv, norm, ReLU: min-cut saves both the first ReLU and its convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(x))).mean((2, 3)).square()
+
+
+def representations(recorder: Recorder) -> dict[str, str]:
+    return {t.name: t.representation for t in recorder.plan.tensors}
+
+
+def image() -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(4, 3, 16, 16)
+
+
+def test_relu_is_rebuilt_from_its_convolution() -> None:
+    recorder = record(Blocks(), image(), policy="lossless")
+    assert "relu" in [s.name for s in recorder.before.saved]
+    assert representations(recorder)["relu"] == "recompute"
+    assert "relu" not in [s.name for s in recorder.after.saved]
+    rebuilt = [n for n in recorder.after.backward.graph.nodes if op_name(n) == "relu"]
+    assert any(u for n in rebuilt for u in n.users if op_name(u) == "convolution_backward")
+
+
+def test_its_mask_is_hoisted_when_the_convolution_is_coded() -> None:
+    recorder = record(Blocks(), image(), policy="uniform2")
+    backward = recorder.after.backward.graph
+    assert representations(recorder)["convolution"].startswith("affine")
+    assert not [n for n in backward.nodes if op_name(n) in {"le", "gt", "lt", "ge"}]
+
+
+def test_exponential_steps_are_not_rebuilt() -> None:
+    """An exp would magnify the error of what it is rebuilt from."""
+    weight = torch.randn(16, 16, requires_grad=True)
+
+    def step(x: Tensor) -> Tensor:
+        return ((x @ weight).sin().exp() @ weight).square()
+
+    recorder = record(step, torch.randn(8, 16), policy="uniform4")
+    assert "recompute" not in representations(recorder).values()
+
+
+def test_batch_norm_inputs_are_coded_in_units_of_their_channels() -> None:
+    """A channel far quieter than the others of its group is as exact as they are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8))
+    with torch.no_grad():
+        model[0].weight[0] *= 0.01
+    x = torch.randn(32, 3, 4, 4)  # a group of 256 spans all channels
+
+    def gradient(policy: str) -> Tensor:
+        torch._dynamo.reset()
+        fxcompress.manual_seed(0)
+        model.zero_grad()
+        backend = fxcompress.backend(policy=policy, inner="aot_eager", min_bytes=0)
+        torch.compile(model, backend=backend)(x).pow(3).sum().backward()
+        grad = model[1].weight.grad
+        assert grad is not None
+        return grad.clone()
+
+    exact = gradient("inductor")
+    error = (gradient("uniform8") - exact).abs() / exact.abs()
+    assert error[0] < 0.1  # coded as it is, the quiet channel is off by more than its size
+
+
+def test_check_finds_no_bias_and_the_noise_that_is_there() -> None:
+    model, x = Blocks(), image()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    backend = fxcompress.backend(policy="uniform4", inner="aot_eager", min_bytes=0)
+    found = fxcompress.check(model, x, with_backend=backend, seeds=6)
+    assert found.outputs_equal
+    assert 1e-4 < found.noise < 0.2
+    assert found.bias < 0.7 * found.noise
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    exact = fxcompress.backend(policy="lossless", inner="aot_eager", min_bytes=0)
+    assert fxcompress.check(model, x, with_backend=exact, seeds=2).noise < 1e-5
+
+
+def test_check_refuses_what_it_cannot_judge() -> None:
+    with pytest.raises(fxcompress.FxCompressError, match="seeds"):
+        fxcompress.check(Blocks(), image(), seeds=1)
+    with pytest.raises(fxcompress.FxCompressError, match="requires a gradient"):
+        fxcompress.check(nn.ReLU(), image())
