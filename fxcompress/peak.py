@@ -140,7 +140,7 @@ def timeline(cut: Cut, candidates: Sequence[Candidate], *, channels_last: bool) 
 
     plain_extra = np.zeros_like(base)
     if channels_last:
-        base += _weight_copies(step)
+        base += _layout_copies(step)
         for node in copied_inputs(cut):
             received_copy = next(s.backward for s in cut.saved if s.forward is node)
             copy = step.span(0, step.last[received_copy], _bytes(node))
@@ -189,19 +189,20 @@ def _copies(step: _Step, cut: Cut, readers: Sequence[fx.Node], size: float) -> B
     return total
 
 
-def _weight_copies(step: _Step) -> Bytes:
-    """Reordered weights that a channels-last convolution works on, while it runs.
+def _layout_copies(step: _Step) -> Bytes:
+    """Copies that calls work on where the graph's layout is channels-last, while they run.
 
-    One in the forward, three in the backward (two of them for the weight gradient): read off the
-    allocator's events of ResNet-18 on CPU.
+    Read off the allocator's events of ResNets on CPU: a convolution has its weight reordered, its
+    backward three times (two of them for the weight gradient); a scatter has its source copied.
     """
     total = np.zeros(step.end + 1)
+    copied = {"convolution": (1, 1), "convolution_backward": (2, 3), "scatter_add": (3, 1)}
     for node, position in step.at.items():
-        name = prop.op_name(node)
-        if name in {"convolution", "convolution_backward"}:
-            weight, copies = (node.args[1], 1) if name == "convolution" else (node.args[2], 3)
-            assert isinstance(weight, fx.Node)
-            total[position] += copies * _bytes(weight)
+        argument, copies = copied.get(prop.op_name(node), (0, 0))
+        if copies:
+            operand = node.args[argument]
+            assert isinstance(operand, fx.Node)
+            total[position] += copies * _bytes(operand)
     return total
 
 

@@ -33,9 +33,9 @@ from fxcompress.settings import Settings
 from fxcompress.solve import Option, build, least_noise, least_peak, least_saved
 
 DEFAULT_BITS = 4  # "auto" with neither budget nor ratio
-# The model of the peak misses a few percent of what the allocator shows (ResNet-18: 0 to 2 %, a
-# GPT: 2 to 5 %; CPU, `fxcompress bench step`); plans stay this far below the budget.
-MARGIN = 1.06
+# The model of the peak misses a few percent of what the allocator shows (ResNets: up to 4 %, a GPT:
+# up to 6 %; CPU, `fxcompress bench step`); plans stay this far below the budget.
+MARGIN = 1.1
 
 
 @dataclass(frozen=True)

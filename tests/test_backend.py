@@ -128,7 +128,7 @@ def test_options_of_inductor_pass_through(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch_private, "compile_with_inductor", compile_with)
     options = {"policy": "lossless", "min_bytes": 0, "epilogue_fusion": False}
     step(torch.compile(Net(), backend="fxcompress", options=options), batch())
-    assert seen == {"epilogue_fusion": False}
+    assert seen == {"epilogue_fusion": False, "allow_buffer_reuse": False}
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from fxcompress.errors import SettingsError
 from fxcompress.tools import data, memory
 from fxcompress.tools.bench_step import MB, describe, machine
 
-BUDGET_SHARE = 0.6
+BUDGET_SHARE = 0.7
 """Default budget: this share of the peak measured with plain Inductor."""
 
 
