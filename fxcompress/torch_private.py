@@ -77,11 +77,6 @@ def is_sym_node(node: Any) -> bool:
     return check(node)
 
 
-def is_tangent(node: torch.fx.Node) -> bool:
-    """Placeholder that receives a gradient of a forward output (AOTAutograd names it so)."""
-    return node.op == "placeholder" and "tangents" in str(node.target)
-
-
 def must_recompute(node: torch.fx.Node) -> bool:
     """Tagged by activation checkpointing (`node.meta["recompute"]`, a CheckpointPolicy, 2.4+)."""
     from torch.utils.checkpoint import CheckpointPolicy

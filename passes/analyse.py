@@ -20,7 +20,7 @@ from torch import fx
 
 from fxcompress import torch_private
 from fxcompress.passes import properties as prop
-from fxcompress.passes.capture import Cut, Saved, output_args, placeholders
+from fxcompress.passes.capture import Cut, Saved, placeholders
 
 EXPONENTIAL_FLOOR = 8  # bits; DESIGN fact 12: exp() of a decoded minus an exact value has no bound
 STATISTIC_RATIO = 4  # a reader this much larger than the tensor broadcasts it: a statistic
@@ -81,11 +81,8 @@ def tangent_dependent(cut: Cut) -> set[fx.Node]:
     saved = {s.backward for s in cut.saved}
     tainted: set[fx.Node] = set()
     for node in cut.backward.graph.nodes:
-        is_gradient = (
-            node.op == "placeholder"
-            and node not in saved
-            and (torch_private.is_tangent(node) or not torch_private.is_sym_node(node))
-        )
+        is_input = node.op == "placeholder" and node not in saved
+        is_gradient = is_input and not torch_private.is_sym_node(node)
         if is_gradient or any(n in tainted for n in node.all_input_nodes):
             tainted.add(node)
     return tainted
@@ -330,6 +327,3 @@ def _bytes(node: fx.Node) -> int:
 def saved_bytes(candidates: Iterable[Candidate]) -> int:
     """Bytes plain Inductor saves, each storage once."""
     return sum(c.storage_bytes for c in candidates)
-
-
-__all__ = ["Candidate", "analyse", "output_args", "saved_bytes", "tangent_dependent"]
