@@ -110,6 +110,22 @@ def pair(
     return Cut(forward, backward, num_outputs, tuple(tensors), frozenset(static_inputs))
 
 
+def receive(backward: fx.GraphModule, value: fx.Node, after: fx.Node) -> fx.Node:
+    """A placeholder of the backward for one more value of the forward."""
+    with backward.graph.inserting_after(after):
+        node = backward.graph.placeholder(value.name)
+    node.meta = dict(value.meta)
+    return node
+
+
+def save(cut: Cut, now: Sequence[fx.Node], joined: Sequence[fx.Node]) -> None:
+    """Have the forward save ``now``, in order, ``joined`` after its version-checked tensors."""
+    output = output_node(cut.forward)
+    checked = sum(is_tensor(n) and not torch_private.is_unchecked(n) for n in now)
+    output.args = ((*cut.outputs, *now[:checked], *joined, *now[checked:]),)
+    torch_private.describe_saved(output, cut.num_outputs)
+
+
 def _copy(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}

@@ -18,7 +18,7 @@ from torch import fx
 
 from fxcompress import torch_private
 from fxcompress.passes import properties as prop
-from fxcompress.passes.capture import Cut, Saved, output_node, pair
+from fxcompress.passes.capture import Cut, Saved, output_args, pair, receive, save
 from fxcompress.passes.insert import clusters
 
 # Slope about 1 at most (mul and add are bounded by the statistics and parameters they involve).
@@ -51,23 +51,15 @@ def recompute(cut: Cut, min_bytes: int) -> Cut:
     joined: list[fx.Node] = []
     for node in dict.fromkeys(n for r in recipes for n in r.sources):
         if node not in received:
-            with cut.backward.graph.inserting_after(last):
-                last = cut.backward.graph.placeholder(node.name)
-            last.meta = dict(node.meta)
-            received[node] = last
+            received[node] = last = receive(cut.backward, node, last)
             joined.append(node)
     for recipe in recipes:
         _rebuild(cut.backward.graph, recipe, received)
     gone = {r.saved.forward for r in recipes}
     for recipe in recipes:
         cut.backward.graph.erase_node(recipe.saved.backward)
-    output = output_node(cut.forward)
-    values = list(output.args[0])  # type: ignore[arg-type]
-    users, before = values[: cut.num_outputs], values[cut.num_outputs :]
-    now = [n for n in before if n not in gone]
-    end = sum(prop.is_tensor(n) and not torch_private.is_unchecked(n) for n in now)
-    output.args = ((*users, *now[:end], *joined, *now[end:]),)
-    torch_private.describe_saved(output, cut.num_outputs)
+    saved = output_args(cut.forward)[cut.num_outputs :]
+    save(cut, [n for n in saved if n is not None and n not in gone], joined)
     return pair(cut.forward, cut.backward, cut.num_outputs, cut.static_inputs)
 
 

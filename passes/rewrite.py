@@ -18,7 +18,7 @@ from fxcompress.codecs import codec
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.attention import repeat_attention
-from fxcompress.passes.capture import Cut, Saved, output_node, pair
+from fxcompress.passes.capture import Cut, Saved, output_args, pair, receive, save
 from fxcompress.passes.hoist import forward_twins
 from fxcompress.passes.insert import (
     insert_blank,
@@ -140,7 +140,7 @@ class _Exchange:
         order = storage_order(prop.value(coded), self.channels_last)
         payload = insert_encode(forward, coded, spec, key, stream, order)
         unchecked = torch_private.copy_unchecked_mark(source, payload)
-        received = _receive(backward, payload, node)
+        received = receive(backward, payload, node)
         if node is self.last_checked and not unchecked:
             self.last_checked = received
         received_key = self._join(key) if codec(spec).decode_needs_key else None
@@ -165,7 +165,7 @@ class _Exchange:
     def _join(self, node: fx.Node) -> fx.Node:
         """Backward placeholder of one more forward node; the same one when asked again."""
         if node not in self.received or node in self.swapped:
-            self.last_checked = _receive(self.cut.backward, node, self.last_checked)
+            self.last_checked = receive(self.cut.backward, node, self.last_checked)
             self.received[node] = self.last_checked
             self.joined.append(node)
         return self.received[node]
@@ -181,23 +181,11 @@ class _Exchange:
         }
         for node in gone.values():
             cut.backward.graph.erase_node(node)
-        output = output_node(cut.forward)
-        values = list(output.args[0])  # type: ignore[arg-type]
-        users, before = values[: cut.num_outputs], values[cut.num_outputs :]
+        before = [n for n in output_args(cut.forward)[cut.num_outputs :] if n is not None]
         now = [self.swapped.get(n, n) for n in before if n in self.swapped or n not in gone]
-        checked = sum(prop.is_tensor(n) and not torch_private.is_unchecked(n) for n in now)
-        output.args = ((*users, *now[:checked], *self.joined, *now[checked:]),)
-        torch_private.describe_saved(output, cut.num_outputs)
+        save(cut, now, self.joined)
         cut.forward.graph.eliminate_dead_code()
         for module in (cut.forward, cut.backward):
             module.graph.lint()
             module.recompile()
         return pair(cut.forward, cut.backward, cut.num_outputs, cut.static_inputs)
-
-
-def _receive(backward: fx.GraphModule, payload: fx.Node, after: fx.Node) -> fx.Node:
-    """A placeholder of the backward for one more value of the forward."""
-    with backward.graph.inserting_after(after):
-        node = backward.graph.placeholder(payload.name)
-    node.meta = dict(payload.meta)
-    return node
