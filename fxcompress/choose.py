@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import fx
@@ -52,7 +53,7 @@ def affine_choice(candidate: Candidate, bits: int, group: int) -> Choice:
     """Group-wise stochastic rounding at ``bits``, or at the fewest bits its readers bear."""
     width = max(bits, candidate.floor_bits)
     reason = "" if width == bits else "an exponential reads it"
-    choice = Choice(candidate, f"affine(bits={width},group={group})", reason)
+    choice = Choice(candidate, codec(f"affine(bits={width},group={group})").spec, reason)
     if bytes_of(choice, {}) >= candidate.own_bytes:
         return Choice(candidate, KEEP, "no smaller when coded")
     return choice
@@ -60,7 +61,7 @@ def affine_choice(candidate: Candidate, bits: int, group: int) -> Choice:
 
 def payload_bytes(candidate: Candidate, spec: str) -> int:
     """Bytes of the tensor's own payload under ``spec``."""
-    return codec(spec).payload_bytes(torch_private.size_hint(candidate.fake.numel()))
+    return codec(spec).payload_bytes(candidate.stored_shape, candidate.fake.dtype)
 
 
 def mask_bytes(choices: Sequence[Choice]) -> dict[str, int]:
@@ -75,9 +76,11 @@ def mask_bytes(choices: Sequence[Choice]) -> dict[str, int]:
 def hoisted_bytes(node: fx.Node) -> int:
     """Bytes saved for one hoisted boolean or integer node."""
     value = prop.value(node)
-    numel = torch_private.size_hint(value.numel())
+    shape = [torch_private.size_hint(size) for size in value.shape]
     spec = integer_spec(prop.integer_range(node))
-    return numel * value.element_size() if spec is None else codec(spec).payload_bytes(numel)
+    if spec is None:
+        return math.prod(shape) * value.element_size()
+    return codec(spec).payload_bytes(shape, value.dtype)
 
 
 def bytes_of(choice: Choice, masks: dict[str, int]) -> int:

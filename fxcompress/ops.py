@@ -39,7 +39,7 @@ _library.define(
 
 
 def encode(x: Tensor, key: Tensor | None, codec: str, stream: int, order: Sequence[int]) -> Tensor:
-    """The payload, uint8[codec.payload_bytes(numel)], of x.
+    """The payload, uint8[codec.payload_bytes], of x.
 
     order: the dimensions of x from slowest to fastest in memory, as (0, 2, 3, 1) for channels-last.
     The payload holds the elements in that order. Where x is not laid out so, it is copied first.
@@ -85,7 +85,8 @@ _library.impl("next_key", next_key, "CompositeExplicitAutograd")
 def _encode_fake(
     x: Tensor, key: Tensor | None, codec: str, stream: int, order: Sequence[int]
 ) -> Tensor:
-    return x.new_empty(parse(codec).payload_bytes(x.numel()), dtype=torch.uint8)
+    stored = [x.shape[dim] for dim in order]
+    return x.new_empty(parse(codec).payload_bytes(stored, x.dtype), dtype=torch.uint8)
 
 
 @torch.library.register_fake("fxcompress::decode", lib=_library)

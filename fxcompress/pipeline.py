@@ -91,7 +91,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
             self._record(describe(leave_alone(plain, note), plain, settings))
             return None
         cut = recompute(cut, settings.min_bytes)
-        candidates = analyse(cut, settings.min_bytes)
+        candidates = analyse(cut, settings.min_bytes, channels_last=channels_last)
         decision = make_plan(
             cut, candidates, plain, settings, reserved, channels_last=channels_last
         )

@@ -66,7 +66,7 @@ class Decision:
 
 def baseline(cut: Cut, min_bytes: int, reserved: int, *, channels_last: bool) -> Baseline:
     """Measure the cut of plain Inductor, before anything is changed."""
-    candidates = analyse(cut, min_bytes)
+    candidates = analyse(cut, min_bytes, channels_last=channels_last)
     memory = timeline(cut, candidates, channels_last=channels_last)
     keep = [Choice(c, KEEP) for c in candidates]
     return Baseline(candidates, memory.plain_peak(keep) + reserved)

@@ -20,6 +20,7 @@ from torch import fx
 
 from fxcompress import torch_private
 from fxcompress.passes import properties as prop
+from fxcompress.passes.axes import channel_dim, feature_maps, storage_order
 from fxcompress.passes.capture import Cut, Saved, placeholders
 
 EXPONENTIAL_FLOOR = 8  # bits; DESIGN fact 12: exp() of a decoded minus an exact value has no bound
@@ -41,6 +42,8 @@ class Candidate:
         floor_bits: fewest bits its readers bear.
         keep: why it must stay as it is; empty if it may be coded.
         integers: range (low, high) of an integer tensor, None for floats or unknown ranges.
+        order: its dimensions from slowest to fastest in memory.
+        channels: the position of its channels (or features) in that order.
     """
 
     saved: Saved
@@ -53,6 +56,8 @@ class Candidate:
     floor_bits: int
     keep: str
     integers: tuple[int, int] | None
+    order: tuple[int, ...]
+    channels: int
 
     @property
     def name(self) -> str:
@@ -63,6 +68,11 @@ class Candidate:
         value = prop.value(self.saved.forward)
         assert isinstance(value, torch.Tensor)
         return value
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Its sizes in storage order, as numbers."""
+        return tuple(torch_private.size_hint(self.fake.shape[d]) for d in self.order)
 
 
 @dataclass
@@ -88,12 +98,18 @@ def tangent_dependent(cut: Cut) -> set[fx.Node]:
     return tainted
 
 
-def analyse(cut: Cut, min_bytes: int) -> tuple[Candidate, ...]:
+def analyse(cut: Cut, min_bytes: int, *, channels_last: bool = False) -> tuple[Candidate, ...]:
     """Every saved tensor of the cut that is not a plain input, in order.
 
     Parameters, buffers and inputs that are saved as they are cost nothing extra, so they are not
     listed at all; tensors that are listed but must not be touched carry the reason in ``keep``.
+
+    Args:
+        cut: the graphs.
+        min_bytes: tensors smaller than this are left alone.
+        channels_last: Inductor lays feature maps of these graphs out with channels fastest.
     """
+    maps = feature_maps(cut.forward.graph)
     tainted = tangent_dependent(cut)
     held = _held_by_user(cut)
     counted: set[fx.Node] = set()
@@ -109,6 +125,7 @@ def analyse(cut: Cut, min_bytes: int) -> tuple[Candidate, ...]:
             or _too_small(saved, min_bytes)
             or _is_statistic(saved, tainted)
         )
+        order = storage_order(prop.value(saved.forward), channels_last)
         storage = 0 if root in counted or root in held else _bytes(root)
         counted.add(root)
         found.append(
@@ -123,6 +140,8 @@ def analyse(cut: Cut, min_bytes: int) -> tuple[Candidate, ...]:
                 floor_bits=readers.floor_bits,
                 keep=keep,
                 integers=prop.integer_range(saved.forward),
+                order=order,
+                channels=order.index(channel_dim(saved.forward, maps)) if order else 0,
             )
         )
     return tuple(found)

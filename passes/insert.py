@@ -114,25 +114,6 @@ def insert_blank(backward: fx.GraphModule, node: fx.Node) -> None:
         reader.replace_input_with(node, blank)
 
 
-def storage_order(value: torch.Tensor, channels_last: bool) -> tuple[int, ...]:
-    """Dimensions from slowest to fastest in memory, as Inductor will lay the tensor out.
-
-    Encoding in this order reads memory front to back. A wrong guess costs a copy, never a wrong
-    value: the op permutes by this order and copies only if that is not contiguous.
-
-    Args:
-        value: the fake tensor.
-        channels_last: Inductor lays feature maps of this graph out with channels fastest.
-    """
-    strides = [torch_private.size_hint(s) for s in value.stride()]
-    sizes = [torch_private.size_hint(s) for s in value.shape]
-    by_stride = sorted(range(value.dim()), key=lambda d: (-strides[d], d))
-    is_feature_map = value.dim() in (4, 5) and by_stride == list(range(value.dim()))
-    if channels_last and is_feature_map and sizes[1] > 1 and max(sizes[2:]) > 1:
-        return (0, *range(2, value.dim()), 1)
-    return tuple(by_stride)
-
-
 def clusters(graph: fx.Graph, readers: Sequence[fx.Node]) -> list[list[fx.Node]]:
     """Readers in graph order, split where an op that does not fuse stands between two of them."""
     clusters: list[list[fx.Node]] = []

@@ -18,14 +18,14 @@ from fxcompress.codecs import codec
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.attention import repeat_attention
-from fxcompress.passes.capture import Cut, Saved, output_args, pair, receive, save
+from fxcompress.passes.axes import storage_order
+from fxcompress.passes.capture import Cut, output_args, pair, receive, save
 from fxcompress.passes.hoist import forward_twins
 from fxcompress.passes.insert import (
     insert_blank,
     insert_decodes,
     insert_encode,
     insert_key,
-    storage_order,
 )
 from fxcompress.passes.layout import pin_inputs
 from fxcompress.passes.standardise import Units, insert_standardised, units_of
@@ -77,7 +77,7 @@ def integer_spec(bounds: tuple[int, int] | None) -> str | None:
         return None
     low, high = bounds
     bits = max((high - low).bit_length(), 1)
-    return f"bits(bits={bits},low={low})" if bits <= WIDEST_INDEX else None
+    return codec(f"bits(bits={bits},low={low})").spec if bits <= WIDEST_INDEX else None
 
 
 def rewrite(cut: Cut, choices: Sequence[Choice], plan_key: str, *, channels_last: bool) -> Cut:
@@ -102,7 +102,7 @@ def rewrite(cut: Cut, choices: Sequence[Choice], plan_key: str, *, channels_last
     cut.backward.graph.eliminate_dead_code()  # what only led to hoisted nodes needs no decode
     for stream, choice in enumerate(choices):
         if choice.codec_spec is not None:
-            exchange.swap(choice.candidate.saved, choice.codec_spec, stream)
+            exchange.swap(choice.candidate, choice.codec_spec, stream)
         elif choice.representation == SHAPE:
             insert_blank(cut.backward, choice.candidate.saved.backward)
     return exchange.settle()
@@ -131,13 +131,13 @@ class _Exchange:
         received = self._join(payload)
         insert_decodes(self.cut.backward, node, received, spec, None, 0, order)
 
-    def swap(self, saved: Saved, spec: str, stream: int) -> None:
+    def swap(self, candidate: Candidate, spec: str, stream: int) -> None:
         """Save a payload in place of the tensor."""
+        saved, order = candidate.saved, candidate.order
         forward, backward = self.cut.forward, self.cut.backward
         source, node, key = saved.forward, saved.backward, self._key(saved.forward)
         units = None if codec(spec).lossless else units_of(source)
         coded = source if units is None else insert_standardised(forward, source, units)
-        order = storage_order(prop.value(coded), self.channels_last)
         payload = insert_encode(forward, coded, spec, key, stream, order)
         unchecked = torch_private.copy_unchecked_mark(source, payload)
         received = receive(backward, payload, node)

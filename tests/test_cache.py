@@ -119,7 +119,7 @@ def test_first_process_compiles(first: list[dict[str, Any]]) -> None:
         assert result["hits"] == 0
         assert result["misses"] >= 1
         assert len(result["calls"]) == 1
-    assert "affine(bits=4,group=256)" in specs(first[0])
+    assert "affine(bits=4)" in specs(first[0])
     assert specs(first[1]) == {"keep"}
 
 
@@ -143,7 +143,7 @@ def test_unchanged_graphs_are_explained_after_a_hit(
 
 
 @pytest.mark.parametrize(
-    ("place", "spec"), [(2, "affine(bits=8,group=256)"), (3, "affine(bits=4,group=64)")]
+    ("place", "spec"), [(2, "affine(bits=8)"), (3, "affine(bits=4,group=64)")]
 )
 def test_other_settings_miss(second: list[dict[str, Any]], place: int, spec: str) -> None:
     result = second[place]
@@ -169,7 +169,7 @@ def test_other_ways_in(folder: Path, first: list[dict[str, Any]]) -> None:
     made, again = train(folder, *jobs), train(folder, *jobs)
     for (_, settings), once, twice in zip(jobs, made, again, strict=True):
         bits = settings["policy"].removeprefix("uniform")
-        assert f"affine(bits={bits},group=256)" in specs(once)
+        assert f"affine(bits={bits})" in specs(once)
         assert (once["hits"], once["calls"]) == (0, [settings["policy"]])
         assert twice["hits"] >= 1
         assert twice["calls"] == []
@@ -212,7 +212,7 @@ ROW = TensorPlan(
     smooth_readers=("mul", "erf"),
     exact_readers=(),
     recompute=(),
-    representation="affine(bits=4,group=256)",
+    representation="affine(bits=4)",
     bytes_after=600,
     reason="",
 )
@@ -231,7 +231,7 @@ def test_plan_sums_and_prints() -> None:
     assert (PLAN.saved_bytes_before, PLAN.saved_bytes) == (8192, 1200)
     text = str(PLAN)
     assert "layers.0" in text
-    assert "affine(bits=4,group=256)" in text
+    assert "affine(bits=4)" in text
     assert "a note" in text
 
 

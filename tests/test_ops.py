@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 KEY = torch.tensor([0x1234567890ABCDEF, 0])
 
 
-@pytest.mark.parametrize("spec", ["affine(bits=4,group=256)", "affine(bits=3,group=64)"])
+@pytest.mark.parametrize("spec", ["affine(bits=4)", "affine(bits=3,group=64)"])
 def test_channels_last_is_read_in_place(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ops, key, order = torch.ops.fxcompress, KEY, [0, 2, 3, 1]
     x = torch.randn(2, 5, 6, 7).to(memory_format=torch.channels_last)
@@ -52,7 +52,7 @@ def test_any_order_keeps_the_logical_tensor(order: list[int], shape: list[int]) 
 def test_opcheck() -> None:
     ops, key = torch.ops.fxcompress, KEY
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    for spec, sample in (("affine(bits=4,group=256)", x), ("bits(bits=1,low=0)", x > 0)):
+    for spec, sample in (("affine(bits=4)", x), ("bits(bits=1)", x > 0)):
         order = [0, 2, 3, 1]
         payload = ops.encode(sample, key, spec, 1, order)
         torch.library.opcheck(ops.encode.default, (sample, key, spec, 1, order))
@@ -63,13 +63,13 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_ops_compile(backend: str, dynamic: bool) -> None:
-    ops, order, spec = torch.ops.fxcompress, [0, 2, 3, 1], "affine(bits=4,group=256)"
+    ops, order, spec = torch.ops.fxcompress, [0, 2, 3, 1], "affine(bits=4)"
 
     def step(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         key, unused = ops.next_key("plan", x.device), ops.next_key("plan", x.device)
         y = x.relu()
         payload = ops.encode(y, key, spec, 0, order)
-        mask = ops.encode(y > 0, key, "bits(bits=1,low=0)", 1, order)
+        mask = ops.encode(y > 0, key, "bits(bits=1)", 1, order)
         return payload, mask, ops.decode(payload, key, spec, 0, y.shape, order, y.dtype), unused
 
     torch._dynamo.reset()

@@ -32,10 +32,10 @@ def codec(spec: str) -> Codec:
     """The codec that a spec names; parameters left out take their defaults.
 
     >>> codec("affine(bits=2)").spec
-    'affine(bits=2,group=256)'
+    'affine(bits=2)'
 
     Raises CodecError, with what to write instead, on an unknown name or parameter and on a value
-    that is not a number or out of range.
+    of the wrong type or out of range.
     """
     match = _SPEC.fullmatch(spec)
     if match is None or match[1] not in _FAMILIES:
@@ -51,8 +51,16 @@ def codec(spec: str) -> Codec:
         if name not in kinds or name in given:
             raise CodecError(f"codec {spec!r}: give each of {', '.join(kinds)} at most once")
         try:
-            given[name] = kinds[name](value)
+            given[name] = _read(kinds[name], value)
         except ValueError:
             kind = kinds[name].__name__
             raise CodecError(f"codec {spec!r}: {name} must be of type {kind}") from None
     return family(**given)
+
+
+def _read(kind: type, text: str) -> Any:
+    if kind is bool:
+        if text not in {"True", "False"}:
+            raise ValueError(text)
+        return text == "True"
+    return kind(text)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fxcompress import rng
-from fxcompress.codecs.base import Codec, ErrorModel
+from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys
 from fxcompress.codecs.planar import code_bytes, group_chunks, pack, unpack
 from fxcompress.errors import CodecError
 from fxcompress.kernels import cpu
@@ -49,9 +49,7 @@ class Affine(Codec):
     group: int = 256
 
     name: ClassVar[str] = "affine"
-    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
-    lossless: ClassVar[bool] = False
-    stochastic: ClassVar[bool] = True
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOATS
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -59,37 +57,23 @@ class Affine(Codec):
         if self.group < 8 or self.group % 8:
             raise CodecError(f"{self}: group must be a multiple of 8, at least 8")
 
-    def payload_bytes(self, numel: int) -> int:
+    def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        numel = math.prod(shape)
         return self._metadata_start(numel) + 4 * self._groups(numel)
 
-    def encode(self, x: Tensor, key: Tensor | None, stream: int) -> Tensor:
-        self.check_encode(x, key)
+    def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
+        if x.device.type != "cpu" or not cpu.available():
+            return False
         assert key is not None
-        flat = x.detach().reshape(-1)
-        payload = flat.new_empty(self.payload_bytes(flat.numel()), dtype=torch.uint8)
-        if flat.device.type == "cpu" and cpu.available():
-            k_a, k_b = rng.stream_key_ints(key, stream)
-            cpu.affine_encode(flat, payload, self.bits, self.group, k_a, k_b)
-        else:
-            self.encode_reference(flat, payload, *rng.stream_keys(key, stream))
-        return payload
+        k_a, k_b = rng.stream_key_ints(key, stream)
+        cpu.affine_encode(x, payload, self.bits, self.group, k_a, k_b)
+        return True
 
-    def decode(
-        self,
-        payload: Tensor,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        key: Tensor | None,
-        stream: int,
-    ) -> Tensor:
-        self.check_decode(payload, math.prod(shape), dtype)
-        payload = payload.contiguous()
-        out = payload.new_empty(shape, dtype=dtype)
-        if payload.device.type == "cpu" and cpu.available():
-            cpu.affine_decode(payload, out, self.bits, self.group)
-        else:
-            self.decode_reference(payload, out.view(-1))
-        return out
+    def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+        if x.device.type != "cpu" or not cpu.available():
+            return False
+        cpu.affine_decode(payload, x, self.bits, self.group)
+        return True
 
     def error(self, x: Tensor) -> ErrorModel:
         self.check_dtype(x.dtype)
@@ -104,9 +88,9 @@ class Affine(Codec):
             variance[span] = torch.where(step.isnan(), math.inf, noise).view(-1)
         return ErrorModel(variance.view(x.shape), torch.zeros_like(variance).view(x.shape))
 
-    def encode_reference(self, flat: Tensor, payload: Tensor, k_a: Tensor, k_b: Tensor) -> None:
-        """Write the payload of a flat tensor with plain ATen ops: the definition."""
-        top = (1 << self.bits) - 1
+    def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
+        assert keys is not None
+        flat, top = x.view(-1), (1 << self.bits) - 1
         scales, minima = self._metadata(payload, flat.numel())
         payload[code_bytes(flat.numel(), self.bits) : self._metadata_start(flat.numel())] = 0
         for start, rows, size in group_chunks(flat.numel(), self.group, flat.device):
@@ -115,7 +99,7 @@ class Affine(Codec):
             regular = step > 0  # neither constant nor NaN
             r = torch.where(regular, 2.0**22 / step, 0.0)
             fixed = ((values - lo[:, None]) * r[:, None]).to(torch.int32).clamp(max=top << 22)
-            noise = rng.hash_range(start, rows * size, k_a, k_b).view(rows, size) >> 10
+            noise = rng.hash_range(start, rows * size, *keys).view(rows, size) >> 10
             codes = ((fixed + noise) >> 22).clamp(max=top) * regular[:, None]
             packed = pack(codes.to(torch.uint8), self.bits).view(-1)
             at = code_bytes(start, self.bits)
@@ -125,9 +109,8 @@ class Affine(Codec):
             scales[group : group + rows] = (step.view(torch.int32) >> 16).short().view(_BF16)
             minima[group : group + rows] = (lo.view(torch.int32) >> 16).short().view(_BF16)
 
-    def decode_reference(self, payload: Tensor, flat: Tensor) -> None:
-        """Fill a flat tensor from its payload with plain ATen ops: the definition."""
-        limit = torch.finfo(flat.dtype).max
+    def decode_reference(self, payload: Tensor, x: Tensor, keys: Keys | None) -> None:
+        flat, limit = x.view(-1), torch.finfo(x.dtype).max
         scales, minima = self._metadata(payload, flat.numel())
         for start, rows, size in group_chunks(flat.numel(), self.group, flat.device):
             at = code_bytes(start, self.bits)

@@ -1,7 +1,12 @@
-"""What a codec is: the face that planner, rewriter and ops see."""
+"""What a codec is: the face that planner, rewriter and ops see.
+
+A family is one file: a frozen dataclass of numbers with its bytes, its reference in plain ATen ops
+(the definition), its error model and, where there are any, its kernels.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -10,7 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fxcompress import rng
 from fxcompress.errors import CodecError
+
+Keys = tuple[Tensor, Tensor]  # (k_a, k_b) of rng.stream_keys: two 0-dim int64 tensors
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -29,39 +39,83 @@ class ErrorModel:
 class Codec(ABC):
     """A way to write a tensor as bytes. Subclasses are frozen dataclasses of numbers.
 
+    The tensor is dense and given in storage order: its last dimension is the fastest in memory, as
+    (N, H, W, C) for a channels-last feature map. Codecs to which axes matter have a field
+    `channels`, the position of the channel axis in that order (negative counts from the end).
+
     name: of the family. dtypes: what `encode` takes. lossless: decode(encode(x)) == x.
     stochastic: `encode` draws random bits and needs a key. decode_needs_key: `decode` does too.
     """
 
     name: ClassVar[str]
     dtypes: ClassVar[tuple[torch.dtype, ...]]
-    lossless: ClassVar[bool]
-    stochastic: ClassVar[bool]
+    lossless: ClassVar[bool] = False
+    stochastic: ClassVar[bool] = True
     decode_needs_key: ClassVar[bool] = False
 
     @property
     def spec(self) -> str:
-        """The canonical text, as "affine(bits=4,group=256)"; `codec(spec)` reads it back."""
-        args = ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
-        return f"{self.name}({args})"
+        """The canonical text, as "affine(bits=4,group=256)"; `codec(spec)` reads it back.
+
+        Fields at their default are left out, except the first.
+        """
+        first, *others = fields(self)
+        shown = [first, *(f for f in others if getattr(self, f.name) != f.default)]
+        return f"{self.name}({','.join(f'{f.name}={getattr(self, f.name)}' for f in shown)})"
 
     def __str__(self) -> str:
         return self.spec
 
-    @abstractmethod
-    def payload_bytes(self, numel: int) -> int:
-        """Exact payload size. `numel` may be a SymInt: only + - * // are used, no guards."""
+    @property
+    def unbiased(self) -> bool:
+        """The mean of decode(encode(x)) over random keys is x."""
+        return True
 
     @abstractmethod
-    def encode(self, x: Tensor, key: Tensor | None, stream: int) -> Tensor:
-        """uint8[payload_bytes(x.numel())] of a contiguous x.
+    def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Exact payload size of a tensor of `shape` (storage order) and `dtype`.
 
-        key: int64[2] of `rng.next_key` on x's device (None where not stochastic); stream: the
-        tensor's number, which sets its random bits apart from those of other tensors. Raises
-        CodecError on a dtype outside `dtypes` and on a missing key.
+        Sizes may be SymInts: only + - * // are used on them, no guards.
         """
 
     @abstractmethod
+    def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
+        """Fill `payload`, uint8 zeros, from a contiguous `x` with plain ATen ops: the definition."""
+
+    @abstractmethod
+    def decode_reference(self, payload: Tensor, x: Tensor, keys: Keys | None) -> None:
+        """Fill a contiguous `x` from its payload with plain ATen ops: the definition."""
+
+    @abstractmethod
+    def error(self, x: Tensor) -> ErrorModel:
+        """The error that `encode` then `decode` would add to each element of a contiguous x."""
+
+    def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
+        """`encode_reference`, bit for bit, by a kernel for x's device; False if there is none."""
+        return False
+
+    def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+        """`decode_reference`, bit for bit, by a kernel for x's device; False if there is none."""
+        return False
+
+    def encode(self, x: Tensor, key: Tensor | None, stream: int) -> Tensor:
+        """uint8[payload_bytes(x.shape, x.dtype)] of a contiguous x.
+
+        key: int64[2] of `rng.next_key` on x's device (None where not stochastic); stream: the
+        tensor's number, which sets its random bits apart from those of other tensors. Raises
+        CodecError on a dtype outside `dtypes`, a shape the codec cannot hold and a missing key.
+        """
+        self.check_dtype(x.dtype)
+        if self.stochastic and key is None:
+            raise CodecError(f"{self} draws random bits: pass the key of fxcompress.next_key")
+        x = x.detach().contiguous()
+        size = self.payload_bytes(x.shape, x.dtype)
+        payload = x.new_empty(size, dtype=torch.uint8)
+        if not self.encode_kernel(x, payload, key, stream):
+            keys = None if key is None else rng.stream_keys(key, stream)
+            self.encode_reference(x, payload.zero_(), keys)
+        return payload
+
     def decode(
         self,
         payload: Tensor,
@@ -74,29 +128,30 @@ class Codec(ABC):
 
         Raises CodecError where the payload's length does not belong to the shape.
         """
-
-    @abstractmethod
-    def error(self, x: Tensor) -> ErrorModel:
-        """The error that `encode` then `decode` would add to each element of a contiguous x."""
-
-    def check_encode(self, x: Tensor, key: Tensor | None) -> None:
-        """Raise CodecError where `encode` cannot take x or lacks its key."""
-        self.check_dtype(x.dtype)
-        if self.stochastic and key is None:
-            raise CodecError(f"{self} draws random bits: pass the key of fxcompress.next_key")
-
-    def check_decode(self, payload: Tensor, numel: int, dtype: torch.dtype) -> None:
-        """Raise CodecError where the payload is not one of `numel` elements."""
         self.check_dtype(dtype)
-        expected = self.payload_bytes(numel)
+        if self.decode_needs_key and key is None:
+            raise CodecError(f"{self} draws random bits: pass the key the tensor was encoded with")
+        expected = self.payload_bytes(shape, dtype)
         if payload.numel() != expected or payload.dtype != torch.uint8:
             raise CodecError(
-                f"{self} wants uint8[{expected}] for {numel} elements, "
+                f"{self} wants uint8[{expected}] for {math.prod(shape)} elements, "
                 f"got {payload.dtype}{list(payload.shape)}: pass the payload with its own shape"
             )
+        payload = payload.contiguous()
+        x = payload.new_empty(list(shape), dtype=dtype)
+        if not self.decode_kernel(payload, x, key, stream):
+            keys = None if key is None else rng.stream_keys(key, stream)
+            self.decode_reference(payload, x, keys)
+        return x
 
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Raise CodecError where the codec cannot hold `dtype`."""
         if dtype not in self.dtypes:
             names = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
             raise CodecError(f"{self} does not take {dtype}: cast to one of {names} first")
+
+
+def channel_axis(channels: int, rank: int) -> int:
+    """`channels` as a position in 0..rank-1; the last axis where there are too few dimensions."""
+    axis = channels + rank if channels < 0 else channels
+    return min(max(axis, 0), max(rank - 1, 0))

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxcompress.codecs.base import Codec, ErrorModel
+from fxcompress.codecs.base import Codec, ErrorModel, Keys
 from fxcompress.codecs.planar import code_bytes, group_chunks, pack, unpack
 from fxcompress.errors import CodecError
 from fxcompress.kernels import cpu
@@ -50,35 +50,20 @@ class Bits(Codec):
         if not -(1 << 62) <= self.low <= 1 << 62:
             raise CodecError(f"{self}: low must be within 2^62")
 
-    def payload_bytes(self, numel: int) -> int:
-        return code_bytes(numel, self.bits)
+    def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        return code_bytes(math.prod(shape), self.bits)
 
-    def encode(self, x: Tensor, key: Tensor | None, stream: int) -> Tensor:
-        self.check_encode(x, key)
-        flat = x.detach().reshape(-1)
-        payload = flat.new_empty(self.payload_bytes(flat.numel()), dtype=torch.uint8)
-        if flat.device.type == "cpu" and cpu.available():
-            cpu.bits_encode(flat, payload, self.bits, self.low)
-        else:
-            self.encode_reference(flat, payload)
-        return payload
+    def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
+        if x.device.type != "cpu" or not cpu.available():
+            return False
+        cpu.bits_encode(x, payload, self.bits, self.low)
+        return True
 
-    def decode(
-        self,
-        payload: Tensor,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        key: Tensor | None,
-        stream: int,
-    ) -> Tensor:
-        self.check_decode(payload, math.prod(shape), dtype)
-        payload = payload.contiguous()
-        out = payload.new_empty(shape, dtype=dtype)
-        if payload.device.type == "cpu" and cpu.available():
-            cpu.bits_decode(payload, out, self.bits, self.low)
-        else:
-            self.decode_reference(payload, out.view(-1))
-        return out
+    def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+        if x.device.type != "cpu" or not cpu.available():
+            return False
+        cpu.bits_decode(payload, x, self.bits, self.low)
+        return True
 
     def error(self, x: Tensor) -> ErrorModel:
         self.check_dtype(x.dtype)
@@ -89,10 +74,10 @@ class Bits(Codec):
         """As `Codec.check_dtype`; booleans are 0 or 1, so their codes start at 0."""
         super().check_dtype(dtype)
         if dtype == torch.bool and self.low != 0:
-            raise CodecError(f"{self} cannot hold booleans: use bits(bits=1,low=0)")
+            raise CodecError(f"{self} cannot hold booleans: use bits(bits=1)")
 
-    def encode_reference(self, flat: Tensor, payload: Tensor) -> None:
-        """Write the payload of a flat tensor with plain ATen ops: the definition."""
+    def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
+        flat = x.view(-1)
         for start, rows, size in group_chunks(flat.numel(), _GROUP, flat.device):
             values = flat[start : start + rows * size].view(rows, size).to(torch.int64)
             codes = (values - self.low) & ((1 << self.bits) - 1)
@@ -100,8 +85,8 @@ class Bits(Codec):
             at = code_bytes(start, self.bits)
             payload[at : at + packed.numel()] = packed
 
-    def decode_reference(self, payload: Tensor, flat: Tensor) -> None:
-        """Fill a flat tensor from its payload with plain ATen ops: the definition."""
+    def decode_reference(self, payload: Tensor, x: Tensor, keys: Keys | None) -> None:
+        flat = x.view(-1)
         for start, rows, size in group_chunks(flat.numel(), _GROUP, flat.device):
             at = code_bytes(start, self.bits)
             packed = payload[at : at + rows * code_bytes(size, self.bits)].view(rows, -1)

@@ -1,4 +1,4 @@
-"""The C++ kernels of `codecs.cpp`, through ctypes. Tensors here are flat or dense CPU tensors."""
+"""The C++ kernels of the codecs, through ctypes. Tensors here are flat or dense CPU tensors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Below this many elements (about 20 us of work), waking other threads costs more than it saves.
 _PARALLEL = 1 << 16
 
+_SOURCES = ("common", "affine", "bits")  # one translation unit, in this order
+
 _pointer, _i64, _int, _u32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32
 _ARGUMENTS = {
     "fxc_affine_encode": (_pointer, _pointer, _i64, _i64, _int, _int, _u32, _u32, _int),
@@ -27,8 +29,9 @@ _ARGUMENTS = {
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
-    source = files("fxcompress.kernels").joinpath("codecs.cpp").read_text(encoding="utf-8")
-    library = load_cpp(source)
+    folder = files("fxcompress.kernels")
+    sources = [folder.joinpath(f"{name}.cpp").read_text(encoding="utf-8") for name in _SOURCES]
+    library = load_cpp("\n".join(sources))
     if library is not None:
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, name)
