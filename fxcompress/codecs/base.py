@@ -80,11 +80,11 @@ class Codec(ABC):
 
     @abstractmethod
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
-        """Fill `payload`, uint8 zeros, from a contiguous `x` with plain ATen ops: the definition."""
+        """Fill `payload`, uint8 zeros, from a contiguous `x` in plain ATen ops: the definition."""
 
     @abstractmethod
     def decode_reference(self, payload: Tensor, x: Tensor, keys: Keys | None) -> None:
-        """Fill a contiguous `x` from its payload with plain ATen ops: the definition."""
+        """Fill a contiguous `x` from its payload in plain ATen ops: the definition."""
 
     @abstractmethod
     def error(self, x: Tensor) -> ErrorModel:
