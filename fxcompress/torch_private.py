@@ -164,6 +164,20 @@ def attention_statistics(node: torch.fx.Node) -> tuple[int, int]:
     return (5, 6) if node.target is efficient else (4, 5)
 
 
+def seeded_random_ops(
+    random: Callable[..., Any], randint: Callable[..., Any]
+) -> dict[Any, Callable[..., Any]]:
+    """Inductor's ops that draw from a seed, each with the function to run in its place.
+
+    `torch.ops.prims.inductor_random(size, seed, mode)` and `inductor_randint(low, high, size,
+    seed)` (2.0 to 2.15).
+    """
+    from torch._inductor import inductor_prims  # noqa: F401  (registers them)
+
+    prims = torch.ops.prims
+    return {prims.inductor_random.default: random, prims.inductor_randint.default: randint}
+
+
 def fake_mode_of(value: torch.Tensor) -> AbstractContextManager[Any]:
     """The fake mode a traced value belongs to, so that new values share its symbols.
 
@@ -319,6 +333,48 @@ def compile_with_aot_eager(
         decompositions=select_decomp_table,
         partition_fn=partitioner or min_cut,
     )(module, inputs)
+
+
+def compile_interpreted(
+    module: torch.fx.GraphModule,
+    inputs: Sequence[Any],
+    partitioner: object,
+    make: Callable[[torch.fx.GraphModule, bool], Callable[[Sequence[Any]], Any]],
+) -> Callable[..., Any]:
+    """As `compile_with_inductor` up to code generation; ``make(graph, is_backward)`` gives what
+    runs each graph: a function from the list of its inputs to the list of its outputs.
+
+    `compile_fx(inner_compile=…)` (2.0 to 2.15) with an `OutputCode` (2.6 to 2.15) of our own.
+    """
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.output_code import OutputCode
+
+    class Interpreted(OutputCode):  # type: ignore[misc]
+        def __init__(self, call: Callable[[Sequence[Any]], Any]) -> None:
+            self.call = call
+            self._boxed_call = True  # on the instance: wrappers copy its __dict__
+
+        def __call__(self, arguments: list[Any]) -> Any:
+            given = list(arguments)
+            arguments.clear()  # the boxed convention: what the callee has, it may free
+            return self.call(given)
+
+        def post_compile(self, *args: Any) -> None:
+            pass
+
+    def inner(graph: torch.fx.GraphModule, _: Sequence[Any], **kwargs: Any) -> Interpreted:
+        return Interpreted(make(graph, bool(kwargs.get("is_backward"))))
+
+    patches = {
+        "custom_partitioner_fn": partitioner,
+        "fx_graph_cache": False,
+        "fx_graph_remote_cache": False,
+    }
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        compiled: Any = compile_fx(
+            module, list(inputs), inner_compile=inner, config_patches=patches
+        )
+    return compiled  # type: ignore[no-any-return]
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:

@@ -90,6 +90,18 @@ class Codec(ABC):
     def error(self, x: Tensor) -> ErrorModel:
         """The error that `encode` then `decode` would add to each element of a contiguous x."""
 
+    def effect(self, x: Tensor, weights: Tensor) -> tuple[float, float]:
+        """(variance, squared bias) that coding x adds to ``(weights * x).sum()``.
+
+        As if the errors of different elements were independent; codecs that know better override.
+        """
+        error = self.error(x)
+        noise = torch.where(error.variance.isfinite(), error.variance, 0.0)
+        w = weights.float()
+        variance = float((w.square() * noise).sum(dtype=torch.float64))
+        bias = float((w * error.bias).sum(dtype=torch.float64)) if bool(error.bias.any()) else 0.0
+        return variance, bias**2
+
     def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
         """`encode_reference`, bit for bit, by a kernel for x's device; False if there is none."""
         return False

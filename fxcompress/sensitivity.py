@@ -1,0 +1,204 @@
+"""Sensitivity: what noise in each saved tensor does to the parameter gradients, all at once.
+
+Let ``g(s)`` be the parameter gradients that the backward graph computes from the saved tensors
+``s``. For a random vector ``v`` of signs, ``w = J_s(g)ᵀ v`` is one vector–Jacobian product through
+the backward graph (a double backward), and per element ``E[w²] = Σ_p (∂g_p/∂s)²``. Independent
+noise of variance ``σ²`` in each element then adds ``Σ E[w²]·σ²`` to the squared error of the
+gradient, and a fixed error ``e`` adds ``E[(w·e)²]``. So one product prices every tensor under every
+codec, where perturbing the tensors one by one (GACT, arXiv 2206.11357) takes passes for each.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.codecs import codec
+from fxcompress.evaluate import Evaluation
+from fxcompress.passes import properties as prop
+from fxcompress.passes.analyse import Candidate
+from fxcompress.passes.standardise import units_of
+from fxcompress.record import Recording, backward_inputs, run_forward
+
+log = logging.getLogger("fxcompress")
+
+_NO_DERIVATIVE = re.compile(r"derivative for ([\w:.]+) is not implemented")
+
+
+@dataclass(frozen=True)
+class Price:
+    """Squared error that a codec adds to the parameter gradients, over their squared norm."""
+
+    variance: float
+    bias: float = 0.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One saved tensor as its codec would see it, and what its errors do.
+
+    Attributes:
+        candidate: the tensor.
+        values: what would be encoded (batch-norm inputs standardised), in storage order.
+        weights: for each probe ``v``, the derivative of ``v·g`` by ``values``, in the same order;
+            None where the backward has no derivative.
+    """
+
+    candidate: Candidate
+    values: Tensor
+    weights: tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Saved tensors of a recording under probes, and the squared norm of its exact gradient."""
+
+    tensors: tuple[Measured, ...]
+    gradient_square: float
+
+
+def sensitivity(
+    recording: Recording,
+    codable: Callable[[Candidate], bool],
+    *,
+    probes: int = 1,
+    seed: int = 0,
+    weighting: str = "plain",
+) -> Sensitivity:
+    """Measure the saved tensors for which ``codable`` holds.
+
+    Args:
+        probes: random sign vectors to average over.
+        seed: of the signs.
+        weighting: ``plain``: every parameter's error counts alike; ``relative``: in units of its
+            own gradient's norm, so that small parameters count as much as large ones.
+    """
+    cut = recording.cut
+    candidates = [c for c in recording.candidates if codable(c)]
+    units = {c.name: units_of(c.saved.forward) for c in candidates}
+    watch = {n.name for u in units.values() if u is not None for n in (u.mean, u.rstd)}
+    saved, watched = run_forward(recording, cut, list(watch))
+    arguments = backward_inputs(recording, cut, saved)
+    gradient, pullback = _pullback(recording, arguments, [c.name for c in candidates])
+    gradient = [g.detach() for g in gradient]
+    norms = [float(g.float().square().sum()) for g in gradient]
+    total = sum(norms)
+    scales = [_scale(norm, total / max(len(norms), 1), weighting) for norm in norms]
+    generator = torch.Generator().manual_seed(seed)
+    found: list[dict[str, Tensor]] = []
+    for _ in range(probes):
+        signs = [_signs(g, generator) * s for g, s in zip(gradient, scales, strict=True)]
+        found.append(pullback(signs))
+    by_name = dict(zip((n.name for n in _backward_nodes(recording)), arguments, strict=True))
+    tensors = []
+    for candidate in candidates:
+        value, unit = by_name[candidate.name], units[candidate.name]
+        weights = [w[candidate.name] for w in found if candidate.name in w]
+        if unit is not None:
+            mean, rstd = watched[unit.mean.name], watched[unit.rstd.name]
+            value = (value - mean) * rstd
+            weights = [w / rstd for w in weights]
+        order = candidate.order
+        tensors.append(
+            Measured(
+                candidate,
+                value.permute(order).contiguous(),
+                tuple(w.permute(order).contiguous() for w in weights) or None,
+            )
+        )
+    return Sensitivity(tuple(tensors), total)
+
+
+def price(tensor: Measured, spec: str, gradient_square: float) -> Price:
+    """What ``spec`` on this tensor adds to the squared error of the gradient, relative to it."""
+    assert tensor.weights is not None
+    found = [codec(spec).effect(tensor.values, w) for w in tensor.weights]
+    count = len(found) * gradient_square
+    return Price(sum(v for v, _ in found) / count, sum(b for _, b in found) / count)
+
+
+def _backward_nodes(recording: Recording) -> list[fx.Node]:
+    return list(recording.cut.backward.graph.find_nodes(op="placeholder"))
+
+
+def _pullback(
+    recording: Recording, arguments: Sequence[Any], names: Sequence[str]
+) -> tuple[list[Tensor], Callable[[list[Tensor]], dict[str, Tensor]]]:
+    """(parameter gradients, function from signs to derivatives by tensor name)."""
+    module, wanted = recording.cut.backward, recording.parameter_gradients()
+    order = [n.name for n in _backward_nodes(recording)]
+    fixed = dict(zip(order, arguments, strict=True))
+    opaque: set[str] = set()
+
+    def backward(leaves: dict[str, Tensor]) -> list[Tensor]:
+        run = _Detaching(module, opaque)
+        outputs = run.run(*[leaves.get(name, fixed[name]) for name in order])
+        return [outputs[i] for i in wanted]
+
+    leaves = {name: fixed[name] for name in names}
+
+    def pull() -> tuple[list[Tensor], Callable[..., Any]]:
+        gradient, pullback = torch.func.vjp(backward, leaves)
+        return gradient, pullback
+
+    gradient, pullback = pull()
+
+    def derivatives(signs: list[Tensor]) -> dict[str, Tensor]:
+        nonlocal pullback
+        while True:
+            try:
+                (found,) = pullback(signs, retain_graph=True)
+            except RuntimeError as error:
+                missing = _NO_DERIVATIVE.search(str(error))
+                if missing is None or missing[1] in opaque:
+                    raise
+                log.info("no derivative of %s: its readers are not priced", missing[1])
+                opaque.add(missing[1])
+                _, pullback = pull()
+                continue
+            return {k: v for k, v in found.items() if _is_priced(recording, k, opaque)}
+
+    return gradient, derivatives
+
+
+class _Detaching(Evaluation):
+    """An evaluation that lets no derivative through ops that have none."""
+
+    def __init__(self, module: fx.GraphModule, opaque: set[str]) -> None:
+        super().__init__(module, differentiable=True)
+        self.opaque = opaque
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self.opaque and _operator(target) in self.opaque:
+            args, kwargs = torch.utils._pytree.tree_map_only(
+                Tensor, torch.Tensor.detach, (args, kwargs)
+            )
+        return super().call_function(target, args, kwargs)
+
+
+def _operator(target: Any) -> str:
+    return target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def _is_priced(recording: Recording, name: str, opaque: set[str]) -> bool:
+    """No smooth reader of the tensor is an op without derivative."""
+    candidate = next(c for c in recording.candidates if c.name == name)
+    return not any(_operator(reader.target) in opaque for reader in candidate.smooth)
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8) * 2 - 1
+    return signs.to(like.device, like.dtype)
+
+
+def _scale(norm: float, mean: float, weighting: str) -> float:
+    """What a parameter's error is multiplied by; a parameter without gradient does not count."""
+    if weighting == "plain":
+        return 1.0
+    return (mean / norm) ** 0.5 if norm > 0 else 0.0
