@@ -6,14 +6,17 @@ torch.compile(model, backend=fxcompress.backend(budget_mb=4000))
 __version__ = "0.1.0"
 
 from fxcompress.backend import backend, disable, enable, enabled, explain
+from fxcompress.calibrate import calibrate
 from fxcompress.check import Check, check
 from fxcompress.errors import BudgetError, CodecError, FxCompressError, SettingsError
+from fxcompress.evidence import Calibration
 from fxcompress.plan import Plan, TensorPlan
 from fxcompress.policies import policies
 from fxcompress.rng import manual_seed
 
 __all__ = [
     "BudgetError",
+    "Calibration",
     "Check",
     "CodecError",
     "FxCompressError",
@@ -21,6 +24,7 @@ __all__ = [
     "SettingsError",
     "TensorPlan",
     "backend",
+    "calibrate",
     "check",
     "disable",
     "enable",

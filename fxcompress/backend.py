@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fxcompress import report, rng, torch_private
+from fxcompress.automatic import automatic
 from fxcompress.errors import FxCompressError
 from fxcompress.ledger import Ledger
 from fxcompress.pipeline import Partitioner
@@ -52,11 +54,15 @@ class Backend:
             settings = update(self.settings, ours)
         except FxCompressError as error:
             return _refusal(error)
-        if settings != self.partitioner.settings:
-            self.partitioner = Partitioner(settings, self.partitioner.ledger)
         if settings.seed is not None:
             rng.manual_seed(settings.seed)
-        frame = torch_private.frame_id()
+        frame, ledger = torch_private.frame_id(), self.partitioner.ledger
+        name = report.graph_key(module, inputs, Partitioner(settings, ledger).uuid())
+        calibration = automatic(module, inputs, settings, name)
+        if calibration is not None:
+            settings = replace(settings, calibration=calibration)
+        if settings != self.partitioner.settings:
+            self.partitioner = Partitioner(settings, ledger)
         graph = report.graph_key(module, inputs, self.partitioner.uuid())
         self.partitioner.plans.clear()
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxcompress import rng
 from fxcompress.backend import Backend, backend
+from fxcompress.calibrate import call, sum_of_squares
 from fxcompress.errors import FxCompressError
 
 
@@ -69,7 +70,7 @@ def check(
         raise FxCompressError(f"seeds={seeds}: bias and noise need 2 seeds or more")
     if not any(p.requires_grad for p in model.parameters()):
         raise FxCompressError("the model has no parameter that requires a gradient")
-    loss = loss or _sum_of_squares
+    loss = loss or sum_of_squares
     chosen = with_backend or backend()
     inner = "inductor" if chosen.settings.inner == "inductor" else None
     plain_backend: Any = inner or backend(policy="inductor", inner=chosen.settings.inner)
@@ -105,20 +106,7 @@ def _gradient(
     compiled.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
     rng.manual_seed(seed)
-    if isinstance(batch, dict):
-        output = compiled(**batch)
-    else:
-        output = compiled(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
-    value = loss(output)
+    value = loss(call(compiled, batch))
     value.backward()
     parts = [p.grad.flatten().double() for p in compiled.parameters() if p.grad is not None]
     return value.detach(), torch.cat(parts)
-
-
-def _sum_of_squares(output: Any) -> Tensor:
-    leaves: Sequence[Any] = torch.utils._pytree.tree_leaves(output)
-    floats = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-    found = [x.float().square().sum() for x in floats]
-    if not found:
-        raise FxCompressError("the model returns no float tensor; pass loss=")
-    return sum(found[1:], found[0])

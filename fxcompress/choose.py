@@ -49,11 +49,15 @@ def is_codable(candidate: Candidate) -> bool:
     )
 
 
-def affine_choice(candidate: Candidate, bits: int, group: int) -> Choice:
-    """Group-wise stochastic rounding at ``bits``, or at the fewest bits its readers bear."""
-    width = max(bits, candidate.floor_bits)
-    reason = "" if width == bits else "an exponential reads it"
-    choice = Choice(candidate, codec(f"affine(bits={width},group={group})").spec, reason)
+def codable_choice(candidate: Candidate, spec: str) -> Choice:
+    """``spec``, or more bits where its readers need them, or kept where that is no larger."""
+    wanted = codec(spec)
+    reason = ""
+    width = getattr(wanted, "bits", None)
+    if candidate.floor_bits > 1 and (width is None or width < candidate.floor_bits):
+        wanted = codec(f"affine(bits={candidate.floor_bits})")
+        reason = "an exponential reads it"
+    choice = Choice(candidate, wanted.spec, reason)
     if bytes_of(choice, {}) >= candidate.own_bytes:
         return Choice(candidate, KEEP, "no smaller when coded")
     return choice

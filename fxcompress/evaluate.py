@@ -129,9 +129,7 @@ def _flash_cpu(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _attention_backward(
-        grad, query, key, value, causal=causal, mask=attn_mask, scale=scale
-    )
+    return _attention_backward(grad, query, key, value, causal=causal, mask=attn_mask, scale=scale)
 
 
 def _flash_gpu(*args: Any, scale: float | None = None) -> tuple[Tensor, Tensor, Tensor]:

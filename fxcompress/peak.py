@@ -56,6 +56,7 @@ class Timeline:
         masks: by hoisted node, bytes of its payload and unpacked copies.
         mask_payload: by hoisted node, bytes of its payload.
         names: node at each position.
+        forward_nodes: how many of them belong to the forward.
     """
 
     base: Bytes
@@ -67,6 +68,7 @@ class Timeline:
     masks: dict[fx.Node, Bytes]
     mask_payload: dict[fx.Node, int]
     names: tuple[str, ...]
+    forward_nodes: int
 
     def of(self, choice: Choice) -> Bytes:
         """What one choice adds at each position, hoisted masks apart."""
@@ -175,7 +177,18 @@ def timeline(cut: Cut, candidates: Sequence[Candidate], *, channels_last: bool) 
                 masks[node] += _copies(step, cut, exact_readers, _bytes(node))
     names = (n.name for module in (cut.forward, cut.backward) for n in module.graph.nodes)
     payloads = {node: hoisted_bytes(node) for node in masks}
-    return Timeline(base, plain_extra, kept, dropped, decoded, held, masks, payloads, tuple(names))
+    return Timeline(
+        base,
+        plain_extra,
+        kept,
+        dropped,
+        decoded,
+        held,
+        masks,
+        payloads,
+        tuple(names),
+        step.end_forward + 1,
+    )
 
 
 def _copies(step: _Step, cut: Cut, readers: Sequence[fx.Node], size: float) -> Bytes:

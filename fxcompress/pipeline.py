@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 from torch import fx
 
 from fxcompress import __version__, report, torch_private
-from fxcompress.errors import BudgetError
+from fxcompress.errors import BudgetError, SettingsError
+from fxcompress.evidence import TensorEvidence, signature
 from fxcompress.ledger import Ledger
 from fxcompress.passes.analyse import analyse
 from fxcompress.passes.capture import CaptureError, Cut, pair
@@ -59,6 +60,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
 
         Raises:
             BudgetError: no plan keeps the step's peak under the budget.
+            SettingsError: the policy cannot be used here.
         """
         static = kwargs.get("static_lifetime_input_indices") or ()
         plain = torch_private.min_cut(gm, joint_inputs, **kwargs)
@@ -67,7 +69,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         try:
             cut = pair(*plain, kwargs["num_fwd_outputs"], static)
             return self._compress(cut.copy()) or plain
-        except BudgetError:
+        except (BudgetError, SettingsError):
             raise
         except CaptureError as error:
             self._declined(f"left as plain Inductor: {error}")
@@ -93,7 +95,13 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         cut = recompute(cut, settings.min_bytes)
         candidates = analyse(cut, settings.min_bytes, channels_last=channels_last)
         decision = make_plan(
-            cut, candidates, plain, settings, reserved, channels_last=channels_last
+            cut,
+            candidates,
+            plain,
+            settings,
+            reserved,
+            channels_last=channels_last,
+            evidence=self._evidence(cut),
         )
         plan = describe(decision, plain, settings)
         if all(tensor.representation == KEEP for tensor in plan.tensors):
@@ -103,6 +111,16 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         key = self._record(plan)
         rewritten = rewrite(cut, decision.choices, key, channels_last=channels_last)
         return rewritten.forward, rewritten.backward
+
+    def _evidence(self, cut: Cut) -> Mapping[str, TensorEvidence] | None:
+        """What calibration measured on this graph; None, with a reason logged, if nothing."""
+        calibration = self.settings.calibration
+        if calibration is None:
+            return None
+        found = calibration.of(signature(cut))
+        if found is None:
+            log.warning("the calibration does not cover this graph: was it made on this model?")
+        return found
 
     def _declined(self, note: str) -> None:
         """Record a graph that is compiled as plain Inductor would, and why."""

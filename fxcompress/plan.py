@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +15,32 @@ from rich.table import Table
 
 from fxcompress.errors import FxCompressError
 
-FORMAT = 1
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another representation that the planner weighed.
+
+    Attributes:
+        representation: a codec's spec or "keep".
+        bytes: saved under it, hoisted masks apart.
+        noise: what the planner took it to add (see TensorPlan.predicted_variance), bias weighed in.
+    """
+
+    representation: str
+    bytes: int
+    noise: float
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Modelled bytes alive at one node of the step, plain and planned."""
+
+    node: str
+    phase: str
+    plain_bytes: int
+    planned_bytes: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +62,10 @@ class TensorPlan:
             rebuild it from another saved tensor).
         bytes_after: bytes saved for it now, its share of hoisted masks included.
         reason: why it was left alone, or why it has this representation.
+        predicted_variance: squared error that the representation adds to the parameter gradients,
+            over their squared norm; 0 where it is exact, None where nobody weighed it. Measured if
+            the plan was calibrated, a guess otherwise.
+        alternatives: what else it could have been, from the least noise on.
     """
 
     name: str
@@ -51,6 +81,18 @@ class TensorPlan:
     representation: str
     bytes_after: int
     reason: str
+    predicted_variance: float | None = 0.0
+    alternatives: tuple[Alternative, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Elements; symbolic sizes count as 1."""
+        return math.prod(size for size in self.shape if isinstance(size, int))
+
+    @property
+    def bits(self) -> float:
+        """Bits saved for each element."""
+        return 8 * self.bytes_after / max(self.numel, 1)
 
 
 @dataclass(frozen=True)
@@ -64,6 +106,8 @@ class Plan:
             plain Inductor and of this plan.
         note: why nothing was changed, where nothing was.
         graphs: how many compiled graphs the plan covers.
+        calibrated: variances were measured on this model, not guessed.
+        timeline: the modelled memory of the step, thinned out to some hundred moments.
     """
 
     policy: str
@@ -73,6 +117,13 @@ class Plan:
     planned_peak_bytes: int
     note: str = ""
     graphs: int = 1
+    calibrated: bool = False
+    timeline: tuple[Moment, ...] = ()
+
+    @property
+    def predicted_variance(self) -> float:
+        """Squared error of the whole gradient over its squared norm: the tensors' noise summed."""
+        return sum(t.predicted_variance or 0.0 for t in self.tensors)
 
     @property
     def saved_bytes_before(self) -> int:
@@ -101,8 +152,9 @@ class Plan:
                     "this plan file was written by another version of fxcompress; make it again "
                     "with fxcompress.explain(model).save(path)"
                 )
-            rows = [{k: _frozen(v) for k, v in row.items()} for row in data.pop("tensors")]
-            return Plan(tensors=tuple(TensorPlan(**row) for row in rows), **data)
+            moments = tuple(Moment(**row) for row in data.pop("timeline"))
+            tensors = tuple(_tensor(row) for row in data.pop("tensors"))
+            return Plan(tensors=tensors, timeline=moments, **data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FxCompressError(f"not a plan file: {error}") from error
 
@@ -177,7 +229,14 @@ def merge(plans: Iterable[Plan]) -> Plan:
         planned_peak_bytes=max(p.planned_peak_bytes for p in plans),
         note="; ".join(dict.fromkeys(p.note for p in plans if p.note)),
         graphs=len(plans),
+        calibrated=all(p.calibrated for p in plans),
+        timeline=max(plans, key=lambda p: p.planned_peak_bytes).timeline,
     )
+
+
+def _tensor(row: dict[str, Any]) -> TensorPlan:
+    alternatives = tuple(Alternative(**each) for each in row.pop("alternatives"))
+    return TensorPlan(**{k: _frozen(v) for k, v in row.items()}, alternatives=alternatives)
 
 
 def _frozen(value: Any) -> Any:

@@ -1,33 +1,29 @@
 """Plan: one representation for each saved tensor, by the policy and under the budget.
 
-With ``policy="auto"`` the widths solve a mixed-integer program: the least added noise such that the
-modelled memory stays under the budget at every position of the step. Noise is priced by an analytic
-prior: at b bits a group of normal values spans about 5.6 standard deviations, so stochastic
-rounding adds ``5.6² / 6 / (2^b − 1)²`` of the tensor's variance, and every tensor's relative noise
-counts alike.
+With ``policy="auto"`` the representations solve a mixed-integer program: the least noise in the
+gradients such that the modelled memory stays under the budget at every position of the step. What
+each representation of each tensor adds is measured (fxcompress.calibrate); without a calibration it
+is guessed (fxcompress/ladder.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from fxcompress.choose import (
-    affine_choice,
-    bytes_of,
-    exact_choice,
-    is_codable,
-    mask_bytes,
-)
-from fxcompress.errors import BudgetError
+from fxcompress.choose import bytes_of, mask_bytes
+from fxcompress.codecs import codec
+from fxcompress.errors import BudgetError, SettingsError
+from fxcompress.evidence import TensorEvidence
+from fxcompress.ladder import ladder
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate, analyse, saved_bytes
 from fxcompress.passes.capture import Cut
 from fxcompress.passes.rewrite import KEEP, Choice
 from fxcompress.peak import Timeline, timeline
-from fxcompress.plan import Plan, TensorPlan
-from fxcompress.policies import policy
+from fxcompress.plan import Alternative, Moment, Plan, TensorPlan
+from fxcompress.policies import Situation, policy
 from fxcompress.provenance import module_path, source_line
 from fxcompress.settings import Settings
 from fxcompress.solve import Option, build, least_noise, least_peak, least_saved
@@ -36,6 +32,7 @@ DEFAULT_BITS = 4  # "auto" with neither budget nor ratio
 # The model of the peak misses a few percent of what the allocator shows (ResNets: up to 4 %, a GPT:
 # up to 6 %; CPU, `fxcompress bench step`); plans stay this far below the budget.
 MARGIN = 1.1
+MOMENTS = 400  # of the timeline that a plan carries
 
 
 @dataclass(frozen=True)
@@ -57,11 +54,20 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Decision:
-    """Choices for all candidates of one graph, and what they are expected to cost."""
+    """Choices for all candidates of one graph, and what they are expected to cost.
+
+    Attributes:
+        ladders: by tensor, what was weighed, from the least noise on.
+        calibrated: noise was measured, not guessed.
+        timeline: modelled memory of the step.
+    """
 
     choices: tuple[Choice, ...]
     planned_peak: int
     note: str = ""
+    ladders: Mapping[str, Sequence[Option]] = field(default_factory=dict)
+    calibrated: bool = False
+    timeline: tuple[Moment, ...] = ()
 
 
 def baseline(cut: Cut, min_bytes: int, reserved: int, *, channels_last: bool) -> Baseline:
@@ -92,6 +98,7 @@ def make_plan(
     reserved: int,
     *,
     channels_last: bool = False,
+    evidence: Mapping[str, TensorEvidence] | None = None,
 ) -> Decision:
     """Decide for every candidate.
 
@@ -102,17 +109,26 @@ def make_plan(
         settings: what the user asked for.
         reserved: bytes that other graphs of the model keep saved meanwhile.
         channels_last: Inductor will lay feature maps out with channels fastest.
+        evidence: what calibration measured, by tensor name.
 
     Raises:
         BudgetError: the budget is below what the policy can reach.
+        SettingsError: the policy needs a calibration, or a device it does not have.
     """
     memory = timeline(cut, candidates, channels_last=channels_last)
-    choices = _choose(candidates, plain, settings, memory, reserved)
+    ladders = [ladder(c, settings.group, (evidence or {}).get(c.name)) for c in candidates]
+    choices = _choose(candidates, plain, settings, memory, reserved, ladders, evidence)
     planned = memory.peak(choices) + reserved
     budget = settings.budget_bytes
     if budget is not None and planned * MARGIN > budget + 1:
-        raise _infeasible(candidates, choices, settings, memory, reserved)
-    return Decision(choices, planned)
+        raise _infeasible(ladders, choices, settings, memory, reserved)
+    return Decision(
+        choices,
+        planned,
+        ladders={c.name: found for c, found in zip(candidates, ladders, strict=True)},
+        calibrated=evidence is not None,
+        timeline=_moments(memory, candidates, choices, reserved),
+    )
 
 
 def _choose(
@@ -121,23 +137,25 @@ def _choose(
     settings: Settings,
     memory: Timeline,
     reserved: int,
+    ladders: Sequence[Sequence[Option]],
+    evidence: Mapping[str, TensorEvidence] | None,
 ) -> tuple[Choice, ...]:
     chosen = policy(settings.policy)
-    bits = chosen.bits
-    if chosen.choose:
+    if chosen.solves:
         if settings.budget_bytes is not None or settings.ratio_saved is not None:
-            return _solve(candidates, plain, settings, memory, reserved)
-        bits = DEFAULT_BITS
+            return _solve(ladders, plain, settings, memory, reserved)
+        chosen = policy(f"uniform{DEFAULT_BITS}")
+    assert chosen.choose is not None
+    if chosen.calibrated and evidence is None:
+        raise SettingsError(
+            f"policy={settings.policy!r} allocates bits by measurements of this very model: pass "
+            "calibration=fxcompress.calibrate(model, batch)"
+        )
+    situation = Situation(candidates, None, settings.group, evidence or {})
+    return tie_storages(chosen.choose(situation))
 
-    def fixed(candidate: Candidate) -> Choice:
-        if bits is None or not is_codable(candidate):
-            return exact_choice(candidate)
-        return affine_choice(candidate, bits, settings.group)
 
-    return _tie_storages([fixed(c) for c in candidates])
-
-
-def _tie_storages(choices: Sequence[Choice]) -> tuple[Choice, ...]:
+def tie_storages(choices: Sequence[Choice]) -> tuple[Choice, ...]:
     """Views of one buffer are coded together or not at all: one kept view keeps all of it."""
     kept = {
         prop.storage_root(c.candidate.saved.forward): c.candidate.name
@@ -154,34 +172,15 @@ def _tie_storages(choices: Sequence[Choice]) -> tuple[Choice, ...]:
     return tuple(tied(c) for c in choices)
 
 
-def noise(bits: int) -> float:
-    """Variance added by stochastic rounding over the variance of a normal tensor; see above."""
-    return 5.6**2 / 6 / (2**bits - 1) ** 2
-
-
-def _ladder(candidate: Candidate, group: int) -> list[Option]:
-    """Every representation of a candidate, the least noisy first."""
-    exact = exact_choice(candidate)
-    ladder = [Option(exact, 0.0)]
-    if exact.representation != KEEP:
-        ladder.append(Option(Choice(candidate, KEEP, "kept"), 0.0))
-    if is_codable(candidate):
-        for bits in range(8, candidate.floor_bits - 1, -1):
-            choice = affine_choice(candidate, bits, group)
-            if choice.representation != KEEP:
-                ladder.append(Option(choice, noise(bits)))
-    return ladder
-
-
 def _solve(
-    candidates: Sequence[Candidate],
+    ladders: Sequence[Sequence[Option]],
     plain: Baseline,
     settings: Settings,
     memory: Timeline,
     reserved: int,
 ) -> tuple[Choice, ...]:
     """The least noisy choices within the budget or the ratio; the smallest if none are."""
-    program = build([_ladder(c, settings.group) for c in candidates], memory)
+    program = build(ladders, memory)
     if settings.budget_bytes is not None:
         limit = settings.budget_bytes / MARGIN - reserved
         return least_noise(program, peak=limit) or least_peak(program)
@@ -198,15 +197,41 @@ def _solve(
     return found
 
 
-def _infeasible(
+def _moments(
+    memory: Timeline,
     candidates: Sequence[Candidate],
+    choices: Sequence[Choice],
+    reserved: int,
+) -> tuple[Moment, ...]:
+    """The modelled memory, thinned out: the highest of each run of positions."""
+    keep = [Choice(c, KEEP) for c in candidates]
+    plain = memory.total(keep) + memory.plain_extra + reserved
+    planned = memory.total(choices) + reserved
+    step = -(-len(plain) // MOMENTS)
+    found = []
+    for start in range(0, len(plain), step):
+        at = start + int(planned[start : start + step].argmax())
+        phase = "forward" if at < memory.forward_nodes else "backward"
+        found.append(
+            Moment(
+                memory.names[at],
+                phase,
+                int(plain[start : start + step].max()),
+                int(planned[at]),
+            )
+        )
+    return tuple(found)
+
+
+def _infeasible(
+    ladders: Sequence[Sequence[Option]],
     choices: Sequence[Choice],
     settings: Settings,
     memory: Timeline,
     reserved: int,
 ) -> BudgetError:
     """The error for a budget out of reach: the smallest that is, and what holds it up."""
-    program = build([_ladder(c, settings.group) for c in candidates], memory)
+    program = build(ladders, memory)
     smallest = (memory.peak(least_peak(program)) + reserved) * MARGIN
     total = memory.total(choices)
     position = int(total.argmax())
@@ -241,11 +266,17 @@ def describe(decision: Decision, plain: Baseline, settings: Settings) -> Plan:
     chosen = {c.candidate.name: c for c in decision.choices}
     before = {c.name: c.storage_bytes for c in plain.candidates}
     rows = [
-        _row(chosen[c.name], masks, c.storage_bytes) if c.name in chosen else _rebuilt(c)
+        _row(chosen[c.name], masks, c.storage_bytes, decision.ladders.get(c.name, ()))
+        if c.name in chosen
+        else _rebuilt(c)
         for c in plain.candidates
     ]
     # Statistics that a recomputation needs are saved although plain Inductor does not.
-    rows += [_row(c, masks, 0) for name, c in chosen.items() if name not in before]
+    rows += [
+        _row(c, masks, 0, decision.ladders.get(name, ()))
+        for name, c in chosen.items()
+        if name not in before
+    ]
     return Plan(
         policy=settings.policy,
         budget_mb=settings.budget_mb,
@@ -253,6 +284,17 @@ def describe(decision: Decision, plain: Baseline, settings: Settings) -> Plan:
         plain_peak_bytes=plain.peak,
         planned_peak_bytes=decision.planned_peak,
         note=decision.note,
+        calibrated=decision.calibrated,
+        timeline=decision.timeline,
+    )
+
+
+def _noise_of(choice: Choice, options: Sequence[Option]) -> float | None:
+    """What the planner took the choice to add; None for a codec that is not on its ladder."""
+    if choice.codec_spec is None or codec(choice.codec_spec).lossless:
+        return 0.0
+    return next(
+        (o.noise for o in options if o.choice.representation == choice.representation), None
     )
 
 
@@ -263,7 +305,9 @@ def _rebuilt(candidate: Candidate) -> TensorPlan:
     return replace(row, representation="recompute", bytes_after=0, reason=reason)
 
 
-def _row(choice: Choice, masks: dict[str, int], before: int) -> TensorPlan:
+def _row(
+    choice: Choice, masks: dict[str, int], before: int, options: Sequence[Option] = ()
+) -> TensorPlan:
     candidate = choice.candidate
     node, fake = candidate.saved.forward, candidate.fake
     return TensorPlan(
@@ -280,4 +324,8 @@ def _row(choice: Choice, masks: dict[str, int], before: int) -> TensorPlan:
         representation=choice.representation,
         bytes_after=bytes_of(choice, masks),
         reason=choice.reason,
+        predicted_variance=_noise_of(choice, options),
+        alternatives=tuple(
+            Alternative(o.choice.representation, bytes_of(o.choice, {}), o.noise) for o in options
+        ),
     )

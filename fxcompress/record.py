@@ -112,9 +112,7 @@ class Recorder:
             FxCompressError: none did.
         """
         found = tuple(
-            Recording(
-                *self.prepared[i], self.inputs[i], self.tangents[i], self.random_states[i]
-            )
+            Recording(*self.prepared[i], self.inputs[i], self.tangents[i], self.random_states[i])
             for i in sorted(self.tangents)
         )
         if not found:

@@ -21,6 +21,7 @@ import torch
 
 from fxcompress import ops, torch_private
 from fxcompress.errors import FxCompressError
+from fxcompress.evidence import Calibration
 from fxcompress.plan import Plan
 
 _Listener = Callable[[str], None]
@@ -36,9 +37,7 @@ def store(plan: Plan) -> str:
     _plans[key] = plan
     path = _path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(plan.to_json())
-    os.replace(file.name, path)
+    _write(path, plan.to_json())
     return key
 
 
@@ -76,7 +75,7 @@ def remember(graph: str, plans: Sequence[str]) -> None:
     """Note which plans a graph was compiled with, for a process that finds it in the cache."""
     path = _path(f"graph-{graph}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(list(plans)))
+    _write(path, json.dumps(list(plans)))
 
 
 def recall(graph: str) -> list[str]:
@@ -86,6 +85,22 @@ def recall(graph: str) -> list[str]:
     except (FileNotFoundError, ValueError):
         return []
     return [key for key in found if key in _plans or _path(key).exists()]
+
+
+def remember_calibration(graph: str, calibration: Calibration) -> None:
+    """Keep what the first batch told about a graph, for later compiles of the same graph."""
+    path = _path(f"calibration-{graph}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, calibration.to_json())
+
+
+def recall_calibration(graph: str) -> Calibration | None:
+    """What an earlier compile of the graph measured; None if there was none."""
+    path = _path(f"calibration-{graph}")
+    try:
+        return Calibration.load(path) if path.is_file() else None
+    except FxCompressError:
+        return None  # of another version, or damaged: measure again
 
 
 def executed() -> list[str]:
@@ -110,6 +125,13 @@ def _on_step(key: str) -> None:
 
 
 ops.on_step.append(_on_step)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: another process may be reading."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
 
 
 def _path(key: str) -> Path:

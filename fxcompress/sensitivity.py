@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from fxcompress.codecs import codec
 from fxcompress.evaluate import Evaluation
-from fxcompress.passes import properties as prop
+from fxcompress.evidence import Price
 from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.standardise import units_of
 from fxcompress.record import Recording, backward_inputs, run_forward
@@ -29,14 +29,6 @@ from fxcompress.record import Recording, backward_inputs, run_forward
 log = logging.getLogger("fxcompress")
 
 _NO_DERIVATIVE = re.compile(r"derivative for ([\w:.]+) is not implemented")
-
-
-@dataclass(frozen=True)
-class Price:
-    """Squared error that a codec adds to the parameter gradients, over their squared norm."""
-
-    variance: float
-    bias: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +69,8 @@ def sensitivity(
         probes: random sign vectors to average over.
         seed: of the signs.
         weighting: ``plain``: every parameter's error counts alike; ``relative``: in units of its
-            own gradient's norm, so that small parameters count as much as large ones.
+            own gradient's norm, so that small parameters count as much as large ones; ``norm``:
+            only what changes the norm of each parameter's gradient.
     """
     cut = recording.cut
     candidates = [c for c in recording.candidates if codable(c)]
@@ -89,19 +82,23 @@ def sensitivity(
     gradient = [g.detach() for g in gradient]
     norms = [float(g.float().square().sum()) for g in gradient]
     total = sum(norms)
+    norms_of = list(zip(gradient, norms, strict=True))
     scales = [_scale(norm, total / max(len(norms), 1), weighting) for norm in norms]
     generator = torch.Generator().manual_seed(seed)
     found: list[dict[str, Tensor]] = []
     for _ in range(probes):
-        signs = [_signs(g, generator) * s for g, s in zip(gradient, scales, strict=True)]
-        found.append(pullback(signs))
+        if weighting == "norm":
+            directions = [_sign(generator) * g / max(n**0.5, 1e-30) for g, n in norms_of]
+        else:
+            directions = [_signs(g, generator) * s for g, s in zip(gradient, scales, strict=True)]
+        found.append(pullback(directions))
     by_name = dict(zip((n.name for n in _backward_nodes(recording)), arguments, strict=True))
     tensors = []
     for candidate in candidates:
-        value, unit = by_name[candidate.name], units[candidate.name]
+        value, unit = by_name[candidate.name].detach(), units[candidate.name]
         weights = [w[candidate.name] for w in found if candidate.name in w]
         if unit is not None:
-            mean, rstd = watched[unit.mean.name], watched[unit.rstd.name]
+            mean, rstd = (watched[n.name].detach() for n in (unit.mean, unit.rstd))
             value = (value - mean) * rstd
             weights = [w / rstd for w in weights]
         order = candidate.order
@@ -162,7 +159,7 @@ def _pullback(
                 opaque.add(missing[1])
                 _, pullback = pull()
                 continue
-            return {k: v for k, v in found.items() if _is_priced(recording, k, opaque)}
+            return {k: v.detach() for k, v in found.items() if _is_priced(recording, k, opaque)}
 
     return gradient, derivatives
 
@@ -195,6 +192,10 @@ def _is_priced(recording: Recording, name: str, opaque: set[str]) -> bool:
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8) * 2 - 1
     return signs.to(like.device, like.dtype)
+
+
+def _sign(generator: torch.Generator) -> int:
+    return int(torch.randint(0, 2, (), generator=generator)) * 2 - 1
 
 
 def _scale(norm: float, mean: float, weighting: str) -> float:

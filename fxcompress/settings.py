@@ -6,11 +6,12 @@ import math
 import numbers
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fxcompress.errors import SettingsError
-from fxcompress.policies import check_policy
+from fxcompress.evidence import Calibration
+from fxcompress.policies import check_policy, policy
 
 INNER_COMPILERS = ("inductor", "aot_eager")
 ENV_PREFIX = "FXCOMPRESS_"
@@ -30,6 +31,7 @@ class Settings:
         inner: ``"inductor"``, or ``"aot_eager"`` for quick debugging without code generation.
         group: elements that share one scale and minimum.
         min_bytes: saved tensors smaller than this are left alone.
+        calibration: from :func:`fxcompress.calibrate`, or the path of a saved one.
     """
 
     budget_mb: float | None = None
@@ -39,9 +41,17 @@ class Settings:
     inner: str = "inductor"
     group: int = 256
     min_bytes: int = 16384
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
+        if self.calibration is not None and not isinstance(self.calibration, Calibration):
+            raise SettingsError(
+                "calibration is not what fxcompress.calibrate(model, batch) returns, nor the path "
+                "of a saved one"
+            )
         for name, parse in _PARSERS.items():
+            if parse not in _KINDS:
+                continue
             value = getattr(self, name)
             kind, article = _KINDS[parse]
             is_absent = value is None and name in _OPTIONAL
@@ -64,7 +74,7 @@ class Settings:
             )
         if self.ratio_saved is not None and self.budget_mb is not None:
             raise SettingsError("give budget_mb or ratio_saved, not both")
-        if self.ratio_saved is not None and self.policy != "auto":
+        if self.ratio_saved is not None and not policy(self.policy).solves:
             raise SettingsError(
                 f"ratio_saved needs a policy that chooses bits; policy={self.policy!r} has its own "
                 'bytes. Use policy="auto" or drop ratio_saved'
@@ -84,7 +94,10 @@ class Settings:
 
     def key(self) -> str:
         """All that changes a plan, as text (the seed changes noise, not plans)."""
-        return ",".join(f"{k}={v!r}" for k, v in asdict(self).items() if k != "seed")
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "seed"}
+        if self.calibration is not None:
+            given["calibration"] = self.calibration.key()
+        return ",".join(f"{k}={v!r}" for k, v in given.items())
 
 
 _PARSERS: dict[str, Any] = {
@@ -95,6 +108,7 @@ _PARSERS: dict[str, Any] = {
     "inner": str,
     "group": int,
     "min_bytes": int,
+    "calibration": Calibration.load,
 }
 
 
@@ -118,7 +132,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         if text:
             try:
                 found[name] = parse(text)
-            except ValueError:
+            except (ValueError, OSError):
                 raise SettingsError(
                     f"{ENV_PREFIX}{name.upper()}={text!r} is not a valid {parse.__name__}"
                 ) from None
@@ -140,6 +154,9 @@ def update(settings: Settings, given: Mapping[str, Any]) -> Settings:
     for name in given:
         if name not in known:
             raise SettingsError(f"unknown setting {name!r}; known: {', '.join(known)}")
+    calibration = given.get("calibration")
+    if isinstance(calibration, str | os.PathLike):
+        given = {**given, "calibration": Calibration.load(calibration)}
     return replace(settings, **given)
 
 

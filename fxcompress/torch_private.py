@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,35 @@ def is_subclass(value: object) -> bool:
         torch.nn.Parameter,
         FakeTensor,
     )
+
+
+def is_fake(value: torch.Tensor) -> bool:
+    """A tracer's stand-in without data (`FakeTensor`, 1.13 to 2.15)."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
+@contextmanager
+def new_fake_mode() -> Iterator[Any]:
+    """A fake mode of its own, whatever is being traced (`unset_fake_temporarily`, 2.1 to 2.15)."""
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+    with unset_fake_temporarily(), FakeTensorMode() as mode:
+        yield mode
+
+
+@contextmanager
+def outside_compile() -> Iterator[None]:
+    """No tracing context, no fake mode: as if no compile were under way.
+
+    `torch._guards.tracing(None)` and `unset_fake_temporarily` (2.1 to 2.15).
+    """
+    from torch._guards import tracing
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with tracing(None), unset_fake_temporarily():
+        yield
 
 
 def size_hint(size: Any) -> int:

@@ -12,7 +12,7 @@ import sys
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 from fxcompress.errors import FxCompressError
-from fxcompress.tools import bench_step, demo
+from fxcompress.tools import bench_noise, bench_step, demo
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,6 +45,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench_step.add_arguments(command)
     command.set_defaults(run=bench_step.run)
+
+    command = benches.add_parser(
+        "noise",
+        help="gradient noise of each policy at equal saved bytes",
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    bench_noise.add_arguments(command)
+    command.set_defaults(run=bench_noise.run)
 
     command = commands.add_parser("version", help="print the version")
     command.set_defaults(run=_version)

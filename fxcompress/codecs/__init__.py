@@ -11,14 +11,56 @@ from dataclasses import fields
 from functools import cache
 from typing import Any
 
+from fxcompress.codecs.adaptive import Adaptive
 from fxcompress.codecs.affine import Affine
+from fxcompress.codecs.average import Average
 from fxcompress.codecs.base import Codec, ErrorModel
 from fxcompress.codecs.bits import Bits
+from fxcompress.codecs.cast import Cast
+from fxcompress.codecs.frequency import Frequency
+from fxcompress.codecs.magnitude import Magnitude
+from fxcompress.codecs.mixture import Mixture
+from fxcompress.codecs.sign import Sign
+from fxcompress.codecs.dither import Dither
+from fxcompress.codecs.rotate import Rotate
+from fxcompress.codecs.subsample import Subsample
+from fxcompress.codecs.transform import Transform
 from fxcompress.errors import CodecError
 
-__all__ = ["Affine", "Bits", "Codec", "ErrorModel", "codec", "codec_names"]
+__all__ = [
+    "Adaptive",
+    "Affine",
+    "Average",
+    "Bits",
+    "Cast",
+    "Codec",
+    "ErrorModel",
+    "Frequency",
+    "Magnitude",
+    "Mixture",
+    "Sign",
+    "codec",
+    "codec_names",
+]
 
-_FAMILIES: dict[str, type[Codec]] = {family.name: family for family in (Affine, Bits)}
+_FAMILIES: dict[str, type[Codec]] = {
+    family.name: family
+    for family in (
+        Affine,
+        Bits,
+        Cast,
+        Magnitude,
+        Sign,
+        Mixture,
+        Average,
+        Frequency,
+        Adaptive,
+        Rotate,
+        Dither,
+        Subsample,
+        Transform,
+    )
+}
 _SPEC = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*")
 
 

@@ -1,14 +1,14 @@
-"""affine: group-wise minimum and step, stochastic rounding. Unbiased.
+"""affine: codes on a uniform grid that follows the values. The default is unbiased.
 
-ActNN (Chen et al., ICML 2021, section 3), but the metadata is rounded to bf16 *before* the codes
-are drawn, so that rounding it adds no bias. For a group of consecutive elements, in fp32, with
-L = 2^bits - 1 and integer rounding of the fp32 bits:
+The default is ActNN (Chen et al., ICML 2021, section 3), but its metadata are rounded to bf16
+*before* the codes are drawn, so that rounding them adds no bias. For a group of consecutive
+elements, in fp32, with L = 2^bits - 1 and integer rounding of the fp32 bits:
 
     lo   = min rounded down to bf16
     step = (max - lo) * fp32(1/L) rounded up to bf16, at least 2^-100; 0 where max == lo
     r    = 2^22 / step, one true division a group
     T    = min(trunc((x - lo) * r), L << 22)
-    q    = min((T + (hash >> 10)) >> 22, L)          hash: 32 bits of rng.hash_range
+    q    = (T + (hash >> 10)) >> 22                  hash: 32 bits of rng.hash_range
     x'   = clamp(lo + q*step, finite range of dtype)
 
 There is one float rounding each in (x - lo) and in its product, and q*step is exact (8 by 8 bits):
@@ -16,9 +16,30 @@ whether a compiler contracts to FMA changes no bit. A group with NaN or Inf, or 
 overflows fp32 (L*step), is stored as step = NaN (0x7fc0), lo = 0, q = 0 and decodes to NaN (any
 of them); other groups do not notice. Minimum and maximum are taken in the total order, -0 < +0.
 
-payload = codes (planar, padded to an even length) | step bf16[groups] | lo bf16[groups]
-bytes   = even(ceil(n/8)*bits) + 4*ceil(n/group)
-error   = step^2 * f*(1-f), f = frac((x - lo)/step); bias 0
+Variants, by field (grid.py has their common formula):
+
+    rounding  nearest: q = (T + 2^21) >> 22. Biased, without noise.
+    zero      integer: "Mix-Precision Stochastic Quantization of Activations during
+              Backpropagation" (Heidelberg, 2025), p. 30:
+                  step = max((max - min)/L, max|x|/32767), z = rint(-min/step)
+                  x'   = (q - z)*step, q = round(x/step + z) clipped to 0 .. L
+              Zero comes back exact. Rounding z shifts the grid by up to half a step, so that one
+              end clips: biased there. The thesis leaves z unbounded; the second term keeps it in
+              16 bits, at the cost of a coarser step where |x| > 128*range (8 bits).
+              symmetric: the same with z = 2^(bits-1) for all.
+    scale     of symmetric; max: step = max|x| / (2^(bits-1) - 1), nothing clips, unbiased.
+              percentile: step = P/2^(bits-1), P the k-th smallest |x|, k = floor(percentile/100*n
+              + 1/2): with per=tensor and rounding=nearest the default of Brevitas
+              (IntQuant with a runtime percentile), the thesis' deterministic baseline. Positive
+              values above P*(1 - 2^(1-bits)) clip; at 1 bit all of them do.
+    per       what shares a grid (sharing.py); `group` is still how codes are packed
+    meta      dtype of step and lo; fp16 loses groups whose grid exceeds 65504, and of an fp32 step
+              above a minimum 16 bits are kept (q*step stays exact)
+
+payload = codes (planar) | step meta[scales] | minimum: lo meta[scales]; integer: z int16[scales]
+bytes   = even(ceil(n/8)*bits) + 4*ceil(n/group) by default
+error   = stochastic: step^2 * f*(1-f), f = frac(T), and where codes clip, by how much, as bias;
+          nearest: its actual error, as bias
 """
 
 from __future__ import annotations
@@ -32,21 +53,32 @@ import torch
 from torch import Tensor
 
 from fxcompress import rng
+from fxcompress.codecs import grid as grids
 from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys
-from fxcompress.codecs.planar import code_bytes, group_chunks, pack, unpack
+from fxcompress.codecs.grid import META, MIN_STEP, Grid
+from fxcompress.codecs.payload import Section, carve, section_bytes
+from fxcompress.codecs.planar import code_bytes
+from fxcompress.codecs.sharing import PER, Sharing, sharing
 from fxcompress.errors import CodecError
-from fxcompress.kernels import cpu
+from fxcompress.kernels import cpu, triton
 
-_BF16 = torch.bfloat16
-_MIN_STEP = 2.0**-100  # keeps r = 2^22/step finite
+_SCALES = {"minimum": ("range",), "integer": ("range",), "symmetric": ("max", "percentile")}
+_MOST_ZERO = 32767
 
 
 @dataclass(frozen=True)
 class Affine(Codec):
-    """`bits` (1..8) a code, one bf16 pair a `group` of elements (a multiple of 8)."""
+    """`bits` (1..8) a code, one grid a `group` of elements (a multiple of 8), or as `per` says."""
 
     bits: int = 4
     group: int = 256
+    rounding: str = "stochastic"
+    zero: str = "minimum"
+    scale: str = "range"
+    per: str = "group"
+    channels: int = 1
+    meta: str = "bf16"
+    percentile: float = 99.999
 
     name: ClassVar[str] = "affine"
     dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOATS
@@ -56,13 +88,41 @@ class Affine(Codec):
             raise CodecError(f"{self}: bits must be 1..8")
         if self.group < 8 or self.group % 8:
             raise CodecError(f"{self}: group must be a multiple of 8, at least 8")
+        grids.check_choice(self, "rounding", ("stochastic", "nearest"))
+        grids.check_choice(self, "zero", tuple(_SCALES))
+        grids.check_choice(self, "per", PER)
+        grids.check_choice(self, "meta", tuple(META))
+        if self.scale == "l2":
+            raise CodecError(f"{self}: use magnitude(norm=l2), whose levels follow |x|/norm")
+        if self.scale not in _SCALES[self.zero]:
+            fitting = " or ".join(f"scale={scale}" for scale in _SCALES[self.zero])
+            raise CodecError(f"{self}: zero={self.zero} goes with {fitting}")
+        if self.scale == "max" and self.bits == 1:
+            raise CodecError(f"{self}: no symmetric grid has two values; use sign or bits=2")
+        if not 0 < self.percentile <= 100:
+            raise CodecError(f"{self}: percentile must be above 0, at most 100")
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        """Whether `encode` draws random bits."""
+        return self.rounding == "stochastic"
+
+    @property
+    def unbiased(self) -> bool:
+        """As `Codec.unbiased`: stochastic, and nothing clips."""
+        return self.stochastic and (self.zero == "minimum" or self.scale == "max")
 
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        numel = math.prod(shape)
-        return self._metadata_start(numel) + 4 * self._groups(numel)
+        return section_bytes(*self._sections(shape))
 
     def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
-        if x.device.type != "cpu" or not cpu.available():
+        if self._has_kernels and key is not None and triton.takes(x, self.group):
+            from fxcompress.kernels.triton import affine as gpu
+
+            sections = carve(payload, *self._sections(x.shape))
+            triton.run(gpu.encode(x, sections, self.bits, self.group, key, stream))
+            return True
+        if not self._has_kernels or x.device.type != "cpu" or not cpu.available():
             return False
         assert key is not None
         k_a, k_b = rng.stream_key_ints(key, stream)
@@ -70,82 +130,104 @@ class Affine(Codec):
         return True
 
     def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
-        if x.device.type != "cpu" or not cpu.available():
+        if self._has_kernels and triton.takes(x, self.group):
+            from fxcompress.kernels.triton import affine as gpu
+
+            sections = carve(payload, *self._sections(x.shape))
+            triton.run(gpu.decode(sections, x, self.bits, self.group))
+            return True
+        if not self._has_kernels or x.device.type != "cpu" or not cpu.available():
             return False
         cpu.affine_decode(payload, x, self.bits, self.group)
         return True
 
     def error(self, x: Tensor) -> ErrorModel:
         self.check_dtype(x.dtype)
-        flat = x.detach().reshape(-1)
-        variance = torch.empty_like(flat, dtype=torch.float32)
-        for start, rows, size in group_chunks(flat.numel(), self.group, flat.device):
-            span = slice(start, start + rows * size)
-            values = flat[span].view(rows, size).float()
-            lo, step = (meta[:, None] for meta in self._grid(values))
-            f = ((values - lo) / step).frac()
-            noise = torch.where(step == 0, 0.0, step.square() * f * (1 - f))
-            variance[span] = torch.where(step.isnan(), math.inf, noise).view(-1)
-        return ErrorModel(variance.view(x.shape), torch.zeros_like(variance).view(x.shape))
+        if not self.stochastic:
+            return grids.fixed_error(self, x)
+        shared = self._sharing(x.shape)
+        grid = self._grid(x.detach().reshape(-1), shared)
+        return grids.stochastic_error(x, shared, grid, self.unbiased)
 
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
-        assert keys is not None
-        flat, top = x.view(-1), (1 << self.bits) - 1
-        scales, minima = self._metadata(payload, flat.numel())
-        payload[code_bytes(flat.numel(), self.bits) : self._metadata_start(flat.numel())] = 0
-        for start, rows, size in group_chunks(flat.numel(), self.group, flat.device):
-            values = flat[start : start + rows * size].view(rows, size).float()
-            lo, step = self._grid(values)
-            regular = step > 0  # neither constant nor NaN
-            r = torch.where(regular, 2.0**22 / step, 0.0)
-            fixed = ((values - lo[:, None]) * r[:, None]).to(torch.int32).clamp(max=top << 22)
-            noise = rng.hash_range(start, rows * size, *keys).view(rows, size) >> 10
-            codes = ((fixed + noise) >> 22).clamp(max=top) * regular[:, None]
-            packed = pack(codes.to(torch.uint8), self.bits).view(-1)
-            at = code_bytes(start, self.bits)
-            payload[at : at + packed.numel()] = packed
-            group = start // self.group
-            # Both are bf16 numbers already. By bits, since a cast may change which NaN it is.
-            scales[group : group + rows] = (step.view(torch.int32) >> 16).short().view(_BF16)
-            minima[group : group + rows] = (lo.view(torch.int32) >> 16).short().view(_BF16)
+        flat, shared = x.view(-1), self._sharing(x.shape)
+        codes, steps, *origins = carve(payload, *self._sections(x.shape))
+        grid = self._grid(flat, shared)
+        grids.encode(flat, codes, self.group, shared, grid, keys if self.stochastic else None)
+        steps.copy_(grids.narrow(grid.step, steps.dtype).view(-1))
+        if self.zero == "minimum":
+            origins[0].copy_(grid.lo.view(-1))  # type: ignore[union-attr]
+        if self.zero == "integer":
+            origins[0].copy_(grid.zero.view(-1))  # type: ignore[union-attr]
 
     def decode_reference(self, payload: Tensor, x: Tensor, keys: Keys | None) -> None:
-        flat, limit = x.view(-1), torch.finfo(x.dtype).max
-        scales, minima = self._metadata(payload, flat.numel())
-        for start, rows, size in group_chunks(flat.numel(), self.group, flat.device):
-            at = code_bytes(start, self.bits)
-            packed = payload[at : at + rows * code_bytes(size, self.bits)].view(rows, -1)
-            group = start // self.group
-            step, lo = scales[group : group + rows, None], minima[group : group + rows, None]
-            values = lo.float() + unpack(packed, self.bits, size).float() * step.float()
-            flat[start : start + rows * size] = values.clamp(-limit, limit).view(-1)
+        shared = self._sharing(x.shape)
+        codes, steps, *origins = carve(payload, *self._sections(x.shape))
+        step, *rest = (s.float().view(shared.outer, shared.scales) for s in (steps, *origins))
+        lo = rest[0] if self.zero == "minimum" else 0.0
+        zero = rest[0] if self.zero == "integer" else self._fixed_zero
+        grid = Grid(step, lo, zero, self._top)
+        grids.decode(codes, x.view(-1), self.group, shared, grid)
 
-    def _groups(self, numel: int) -> int:
-        return (numel + self.group - 1) // self.group
+    @property
+    def _has_kernels(self) -> bool:
+        kind = (self.rounding, self.zero, self.per, self.meta)
+        return kind == ("stochastic", "minimum", "group", "bf16")
 
-    def _metadata_start(self, numel: int) -> int:
-        return (code_bytes(numel, self.bits) + 1) // 2 * 2
+    @property
+    def _top(self) -> int:
+        return (1 << self.bits) - 1
 
-    def _metadata(self, payload: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-        """Views of the payload's (steps, minima), each bf16[groups]."""
-        pairs = payload[self._metadata_start(numel) :].view(_BF16)
-        return pairs[: self._groups(numel)], pairs[self._groups(numel) :]
+    @property
+    def _fixed_zero(self) -> int:
+        return 1 << (self.bits - 1) if self.zero == "symmetric" else 0
 
-    def _grid(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(lo, step) of each row of fp32[rows, size], as fp32[rows] holding bf16 values."""
-        top = (1 << self.bits) - 1
-        # Float bits, with a negative's magnitude flipped, compare as int32 in the total order.
-        # -NaN < -Inf < ... < Inf < NaN, so the two ends tell whether the group is finite.
-        bits = values.view(torch.int32)
-        order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        ends = torch.stack([order.amin(1), order.amax(1)])
-        ends = ends ^ ((ends >> 31) & 0x7FFFFFFF)
-        finite = (ends & 0x7FFFFFFF).amax(0) < 0x7F800000
-        lowest, highest = ends[0], ends[1].view(torch.float32)
-        down = (lowest + torch.where(lowest < 0, 0xFFFF, 0)).bitwise_and(-0x10000).to(torch.int32)
-        lo = down.view(torch.float32)
-        exact = ((highest - lo) * (1.0 / top)).clamp(min=_MIN_STEP)
-        up = (exact.view(torch.int32) + 0xFFFF) & -0x10000
-        step = torch.where(highest > lo, up.view(torch.float32), 0.0)
-        finite &= (step * top).isfinite()
-        return torch.where(finite, lo, 0.0), torch.where(finite, step, math.nan)
+    def _sharing(self, shape: Sequence[int]) -> Sharing:
+        return sharing(self.per, shape, self.group, self.channels)
+
+    def _sections(self, shape: Sequence[int]) -> list[Section]:
+        count, meta = self._sharing(shape).count, META[self.meta]
+        found = [(torch.uint8, code_bytes(math.prod(shape), self.bits)), (meta, count)]
+        if self.zero != "symmetric":
+            found.append((meta if self.zero == "minimum" else torch.int16, count))
+        return found
+
+    def _grid(self, x: Tensor, shared: Sharing) -> Grid:
+        meta = META[self.meta]
+        lowest, highest = grids.ends(x, shared)
+        finite = lowest.isfinite() & highest.isfinite()
+        largest = torch.maximum(lowest.abs(), highest.abs())
+        lo: Tensor | float = 0.0
+        zero: Tensor | int = self._fixed_zero
+        if self.zero == "minimum":
+            lo = grids.round_down(lowest, meta)
+            step = grids.shorten(self._step((highest - lo) * (1.0 / self._top)))
+            step = torch.where(highest > lo, step, 0.0)
+            finite &= lo.isfinite() & (step * self._top).isfinite()
+            lo = torch.where(finite, lo, 0.0)
+        elif self.zero == "integer":
+            spread = (highest - lowest) * (1.0 / self._top)
+            step = self._step(torch.maximum(spread, largest * (1.0 / _MOST_ZERO)))
+            finite &= step.isfinite()
+            zero = torch.where(finite, (-lowest / step).round(), 0.0)
+        elif self.scale == "max":
+            step = self._step(largest * (1.0 / (self._fixed_zero - 1)))
+        else:
+            step = self._step(self._percentile(x, shared) * (1.0 / self._fixed_zero))
+        step = torch.where(finite & step.isfinite(), step, math.nan)
+        return Grid(step, lo, zero, self._top)
+
+    def _step(self, exact: Tensor) -> Tensor:
+        return grids.round_up(exact.clamp(min=MIN_STEP), META[self.meta])
+
+    def _percentile(self, x: Tensor, shared: Sharing) -> Tensor:
+        """The percentile of |x| of each scale, a value of x: fp32[outer, scales]."""
+        if not x.numel():
+            return x.new_zeros(shared.outer, shared.scales, dtype=torch.float32)
+        found = []
+        for rows in shared.rows(x):
+            size = rows.shape[2]
+            k = min(max(math.floor(0.01 * self.percentile * size + 0.5), 1), size)
+            # The k-th smallest is the least of the largest: at 99.999 % those are few.
+            found.append(rows.abs().topk(size - k + 1, 2, sorted=False).values.amin(2).float())
+        return torch.cat(found, 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fxcompress.codecs.base import Codec, ErrorModel, Keys
 from fxcompress.codecs.planar import code_bytes, group_chunks, pack, unpack
 from fxcompress.errors import CodecError
-from fxcompress.kernels import cpu
+from fxcompress.kernels import cpu, triton
 
 _GROUP = 256
 
@@ -54,12 +54,22 @@ class Bits(Codec):
         return code_bytes(math.prod(shape), self.bits)
 
     def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
+        if triton.takes(x, _GROUP):
+            from fxcompress.kernels.triton import bits as gpu
+
+            triton.run(gpu.encode(x, payload, self.bits, self.low))
+            return True
         if x.device.type != "cpu" or not cpu.available():
             return False
         cpu.bits_encode(x, payload, self.bits, self.low)
         return True
 
     def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+        if triton.takes(x, _GROUP):
+            from fxcompress.kernels.triton import bits as gpu
+
+            triton.run(gpu.decode(payload, x, self.bits, self.low))
+            return True
         if x.device.type != "cpu" or not cpu.available():
             return False
         cpu.bits_decode(payload, x, self.bits, self.low)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
 
@@ -16,7 +17,7 @@ _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Below this many elements (about 20 us of work), waking other threads costs more than it saves.
 _PARALLEL = 1 << 16
 
-_SOURCES = ("common", "affine", "bits")  # one translation unit, in this order
+_SOURCES = ("common", "affine", "bits", "dither", "rotate", "subsample")  # one translation unit, in this order
 
 _pointer, _i64, _int, _u32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32
 _ARGUMENTS = {
@@ -24,6 +25,17 @@ _ARGUMENTS = {
     "fxc_affine_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _int),
     "fxc_bits_encode": (_pointer, _pointer, _i64, _i64, _int, _int, _int),
     "fxc_bits_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _int),
+    "fxc_dither_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _u32, _u32, _int),
+    "fxc_rotate_encode": (
+        *(_pointer, _pointer, _i64, _pointer, _int, _i64, _int, _int, _int),
+        *(_u32, _u32, _int),
+    ),
+    "fxc_rotate_decode": (
+        *(_pointer, _pointer, _i64, _pointer, _int, _i64, _int, _int),
+        *(_u32, _u32, _int),
+    ),
+    "fxc_subsample_encode": (_pointer, _pointer, _i64, _pointer, _int, _int, _u32, _u32, _int),
+    "fxc_subsample_decode": (_pointer, _pointer, _i64, _pointer, _int, _int, _u32, _u32, _int),
 }
 
 
@@ -63,6 +75,66 @@ def bits_encode(x: Tensor, payload: Tensor, bits: int, low: int) -> None:
 def bits_decode(payload: Tensor, x: Tensor, bits: int, low: int) -> None:
     """Fill `x` (bool or integers) from its payload. See `codecs.bits`."""
     _call("fxc_bits_decode", x, payload, x, low, bits, _log2(x.element_size()))
+
+
+def dither_decode(payload: Tensor, x: Tensor, bits: int, group: int, k_a: int, k_b: int) -> None:
+    """Fill `x` (float32, bfloat16 or float16) from its payload. See `codecs.dither`."""
+    _call("fxc_dither_decode", x, payload, x, group, bits, _FLOATS[x.dtype], k_a, k_b)
+
+
+def rotate_encode(
+    x: Tensor,
+    payload: Tensor,
+    table: Sequence[int],
+    bits: int,
+    group: int,
+    eden: bool,
+    centred: bool,
+    k_a: int,
+    k_b: int,
+) -> None:
+    """Write the payload of `x` (float32, bfloat16 or float16). See `codecs.rotate`."""
+    levels, kind = _int32s(table), _FLOATS[x.dtype]
+    at = ctypes.addressof(levels)
+    _call("fxc_rotate_encode", x, x, payload, at, bits, group, eden, centred, kind, k_a, k_b)
+
+
+def rotate_decode(
+    payload: Tensor,
+    x: Tensor,
+    table: Sequence[int],
+    bits: int,
+    group: int,
+    centred: bool,
+    k_a: int,
+    k_b: int,
+) -> None:
+    """Fill `x` (float32, bfloat16 or float16) from its payload. See `codecs.rotate`."""
+    levels, kind = _int32s(table), _FLOATS[x.dtype]
+    at = ctypes.addressof(levels)
+    _call("fxc_rotate_decode", x, payload, x, at, bits, group, centred, kind, k_a, k_b)
+
+
+def subsample_encode(
+    x: Tensor, payload: Tensor, table: Sequence[int], block: int, k_a: int, k_b: int
+) -> None:
+    """Write the payload of `x` (float32, bfloat16 or float16). See `codecs.subsample`."""
+    levels, kind = _int32s(table), _FLOATS[x.dtype]
+    at = ctypes.addressof(levels)
+    _call("fxc_subsample_encode", x, x, payload, at, block, kind, k_a, k_b)
+
+
+def subsample_decode(
+    payload: Tensor, x: Tensor, table: Sequence[int], block: int, k_a: int, k_b: int
+) -> None:
+    """Fill `x` (float32, bfloat16 or float16) from its payload. See `codecs.subsample`."""
+    levels, kind = _int32s(table), _FLOATS[x.dtype]
+    at = ctypes.addressof(levels)
+    _call("fxc_subsample_decode", x, payload, x, at, block, kind, k_a, k_b)
+
+
+def _int32s(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * len(values))(*values)
 
 
 def _log2(size: int) -> int:

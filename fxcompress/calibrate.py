@@ -1,0 +1,182 @@
+"""Calibrate: run a batch, and price every codec on every saved tensor of the model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcompress.choose import is_codable
+from fxcompress.errors import FxCompressError
+from fxcompress.evaluate import evaluate
+from fxcompress.evidence import Calibration, GraphEvidence, Price, TensorEvidence, signature
+from fxcompress.fit import fit_transforms, transform_prices
+from fxcompress.ladder import specs
+from fxcompress.passes.roles import product_of
+from fxcompress.record import Recorder, Recording, backward_inputs, run_forward
+from fxcompress.sensitivity import Measured, price, sensitivity
+
+log = logging.getLogger("fxcompress")
+
+NORM_SPEC = "affine(bits=1,group=128)"  # what ALAM perturbs by
+_RANGE_GROUP = 256  # ActNN's
+
+
+def calibrate(
+    model: nn.Module,
+    *batches: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    min_bytes: int = 16384,
+    group: int = 256,
+    weighting: str = "plain",
+    probes: int = 1,
+) -> Calibration:
+    """Measure what each codec on each saved tensor would do to the gradients of ``model``.
+
+    The model, its statistics and PyTorch's random state are left as they were. A batch may be
+    smaller than the one trained on: what is measured is relative to the gradient's norm. Bases of
+    transform codecs are fitted to the first batch and priced on the others, so give two.
+
+    >>> calibration = fxcompress.calibrate(model, batch1, batch2, loss=loss_of)  # doctest: +SKIP
+    >>> backend = fxcompress.backend(4000, calibration=calibration)  # doctest: +SKIP
+
+    Args:
+        model: uncompiled module in training mode.
+        batches: one or more, alike in shape; each a tensor, or the tuple of positional (or dict of
+            keyword) arguments of the model.
+        loss: scalar from the model's output; default: the sum of squares of its float tensors.
+            Give the one you train with: another loss has other gradients.
+        min_bytes, group: as in :func:`fxcompress.backend`.
+        weighting: see :func:`fxcompress.sensitivity.sensitivity`.
+        probes: random directions to average over; 1 is within a few percent for whole models.
+
+    Raises:
+        FxCompressError: the model has nothing to train, or nothing was recorded.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise FxCompressError("the model has no parameter that requires a gradient")
+    if not batches:
+        raise FxCompressError("give one batch or more: calibrate(model, batch)")
+    of_output = loss or sum_of_squares
+    copied = copy.deepcopy(model)
+    recorder = Recorder(min_bytes)
+    compiled = torch.compile(copied, backend=recorder)
+    recorded = []
+    with torch.random.fork_rng():
+        for batch in batches:
+            of_output(call(compiled, batch)).backward()
+            recorded.append(recorder.recordings())
+    return evidence_of(*recorded, group=group, weighting=weighting, probes=probes)
+
+
+def evidence_of(
+    *recorded: Sequence[Recording],
+    group: int = 256,
+    weighting: str = "plain",
+    probes: int = 1,
+) -> Calibration:
+    """The calibration that recordings of one step or more give; the same graphs in each."""
+    by_graph: dict[str, list[Recording]] = {}
+    for recordings in recorded:
+        for recording in recordings:
+            by_graph.setdefault(signature(recording.cut), []).append(recording)
+    graphs = tuple(
+        GraphEvidence(name, _measure(found, group, weighting, probes))
+        for name, found in by_graph.items()
+    )
+    return Calibration(graphs, weighting, len(recorded))
+
+
+def _measure(
+    recordings: Sequence[Recording], group: int, weighting: str, probes: int
+) -> dict[str, TensorEvidence]:
+    """Evidence of one graph: bases from the first recording, prices from the others (or it)."""
+    first, *others = [
+        sensitivity(r, is_codable, probes=probes, weighting=weighting) for r in recordings
+    ]
+    priced = others or [first]
+    norms = sensitivity(recordings[0], is_codable, weighting="norm")
+    gradients = _layer_gradients(recordings[0])
+    found = {}
+    for i, tensor in enumerate(first.tensors):
+        name = tensor.candidate.name
+        prices: dict[str, Price] = {}
+        transforms: dict[float, str] = {}
+        norm = 0.0
+        if tensor.weights is not None:
+            tables = [_prices(s.tensors[i], s.gradient_square, group) for s in priced]
+            fitted = fit_transforms(tensor)
+            transforms = {bits: codec.spec for bits, codec in fitted.items()}
+            for table, s in zip(tables, priced, strict=True):
+                table.update(transform_prices(fitted, s.tensors[i], s.gradient_square))
+            prices = {spec: _mean([table[spec] for table in tables]) for spec in tables[0]}
+            norm = price(norms.tensors[i], NORM_SPEC, 1.0).variance
+        ranges = _sample_ranges(tensor)
+        found[name] = TensorEvidence(prices, transforms, norm, ranges, gradients.get(name, 0.0))
+    return found
+
+
+def _prices(tensor: Measured, gradient_square: float, group: int) -> dict[str, Price]:
+    return {spec: price(tensor, spec, gradient_square) for spec in specs(group)}
+
+
+def _mean(prices: Sequence[Price]) -> Price:
+    count = len(prices)
+    return Price(sum(p.variance for p in prices) / count, sum(p.bias for p in prices) / count)
+
+
+def _layer_gradients(recording: Recording) -> dict[str, float]:
+    """By layer input: mean over samples of the squared norm of its output's gradient."""
+    products = {c.name: p for c in recording.candidates if (p := product_of(c)) is not None}
+    saved, _ = run_forward(recording, recording.cut)
+    arguments = backward_inputs(recording, recording.cut, saved)
+    watch = {p.gradient.name for p in products.values()}
+    _, watched = evaluate(recording.cut.backward, arguments, watch)
+    samples = {c.name: c.stored_shape[0] for c in recording.candidates if c.stored_shape}
+    return {
+        name: float(watched[p.gradient.name].float().square().sum()) / samples[name]
+        for name, p in products.items()
+    }
+
+
+def _sample_ranges(tensor: Measured) -> tuple[float, ...]:
+    """Σ (max − min)² over groups of each sample, short last groups included."""
+    values = tensor.values
+    if values.dim() == 0:
+        return ()
+    rows = values.reshape(values.shape[0], -1).float()
+    whole = rows.shape[1] // _RANGE_GROUP * _RANGE_GROUP
+    total = torch.zeros(rows.shape[0])
+    for part in (
+        rows[:, :whole].view(rows.shape[0], -1, _RANGE_GROUP),
+        rows[:, whole:].unsqueeze(1),
+    ):
+        if part.numel():
+            total += (part.amax(-1) - part.amin(-1)).square().sum(1).cpu()
+    return tuple(total.tolist())
+
+
+def call(model: Callable[..., Any], batch: Any) -> Any:
+    """The model's output for a tensor, a tuple of arguments or a dict of keywords."""
+    if isinstance(batch, dict):
+        return model(**batch)
+    return model(*(batch if isinstance(batch, tuple | list) else (batch,)))
+
+
+def sum_of_squares(output: Any) -> Tensor:
+    """Sum of squares of all float tensors in a model's output.
+
+    Raises:
+        FxCompressError: there are none.
+    """
+    leaves: Sequence[Any] = torch.utils._pytree.tree_leaves(output)
+    found = [
+        x.float().square().sum() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()
+    ]
+    if not found:
+        raise FxCompressError("the model returns no float tensor; pass loss=")
+    return sum(found[1:], found[0])

@@ -1,0 +1,159 @@
+"""Evidence: what calibration learned about each saved tensor, as data that can be saved."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fxcompress.codecs import states
+from fxcompress.errors import FxCompressError
+from fxcompress.passes.capture import Cut
+
+FORMAT = 1
+LARGEST_FILE = 1 << 30  # bytes; a calibration of a thousand tensors takes some tens of MB
+_STATE = re.compile(r"(?:basis|rates)=(\w+)")
+
+
+@dataclass(frozen=True)
+class Price:
+    """Squared error that a codec adds to the parameter gradients, over their squared norm."""
+
+    variance: float
+    bias: float = 0.0
+
+
+@dataclass(frozen=True)
+class TensorEvidence:
+    """One saved tensor on real data.
+
+    Attributes:
+        prices: by codec spec.
+        transforms: by bits an element, the spec of the transform codec fitted to this tensor.
+        norm_price: price of affine 1 bit in groups of 128, of the gradients' norms alone (ALAM).
+        sample_ranges: for each sample, Σ (max − min)² over its groups of 256.
+        grad_square: mean over samples of the squared norm of the gradient that multiplies it in
+            its convolution or matrix product; 0 where there is none.
+    """
+
+    prices: Mapping[str, Price] = field(default_factory=dict)
+    transforms: Mapping[float, str] = field(default_factory=dict)
+    norm_price: float = 0.0
+    sample_ranges: tuple[float, ...] = ()
+    grad_square: float = 0.0
+
+
+@dataclass(frozen=True)
+class GraphEvidence:
+    """Evidence of one compiled graph; ``signature`` finds the graph again."""
+
+    signature: str
+    tensors: Mapping[str, TensorEvidence]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Evidence of all graphs of a model.
+
+    Attributes:
+        graphs: one entry a graph.
+        weighting: how errors of different parameters were weighed.
+        batches: how many batches were averaged over.
+    """
+
+    graphs: tuple[GraphEvidence, ...]
+    weighting: str = "plain"
+    batches: int = 1
+
+    def __hash__(self) -> int:
+        return hash(self.key())
+
+    def of(self, signature: str) -> Mapping[str, TensorEvidence] | None:
+        """Evidence of the graph with this signature; None if it was not calibrated."""
+        return next((g.tensors for g in self.graphs if g.signature == signature), None)
+
+    def to_json(self) -> str:
+        """All of it as text, the states that transform codecs name included."""
+        held = {n: base64.b64encode(states.dump(states.get(n))).decode() for n in self._states()}
+        return json.dumps({"format": FORMAT, **asdict(self), "states": held})
+
+    def _states(self) -> list[str]:
+        specs = {s for g in self.graphs for t in g.tensors.values() for s in t.transforms.values()}
+        return sorted({name for spec in specs for name in _STATE.findall(spec)})
+
+    @staticmethod
+    def from_json(text: str) -> Calibration:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            FxCompressError: not a calibration, or one of another format version.
+        """
+        try:
+            data: dict[str, Any] = json.loads(text)
+            if data.pop("format") != FORMAT:
+                raise FxCompressError(
+                    "this calibration was written by another version of fxcompress; make it again "
+                    "with fxcompress.calibrate(model, batch).save(path)"
+                )
+            for text in data["states"].values():
+                states.put(states.load(base64.b64decode(text)))
+            graphs = tuple(
+                GraphEvidence(
+                    str(graph["signature"]),
+                    {str(name): _tensor(row) for name, row in graph["tensors"].items()},
+                )
+                for graph in data["graphs"]
+            )
+            return Calibration(graphs, str(data["weighting"]), int(data["batches"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FxCompressError(f"not a calibration file: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | Path) -> Calibration:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FxCompressError: the file is missing or no calibration.
+        """
+        if not Path(path).is_file():
+            raise FxCompressError(
+                f"there is no calibration at {path}: make one with "
+                "fxcompress.calibrate(model, batch).save(path)"
+            )
+        if Path(path).stat().st_size > LARGEST_FILE:
+            raise FxCompressError(f"{path} is larger than any calibration: not one of ours")
+        try:
+            return Calibration.from_json(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise FxCompressError(f"not a calibration file: {error}") from error
+
+    def key(self) -> str:
+        """Content hash, part of the key of every graph planned from it."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:24]
+
+
+def signature(cut: Cut) -> str:
+    """Name of a pair of graphs, equal for other batch sizes: their nodes and operators."""
+    digest = hashlib.sha256()
+    for module in (cut.forward, cut.backward):
+        for node in module.graph.nodes:
+            digest.update(f"{node.op} {node.name} {node.target}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def _tensor(row: dict[str, Any]) -> TensorEvidence:
+    return TensorEvidence(
+        {str(k): Price(float(v["variance"]), float(v["bias"])) for k, v in row["prices"].items()},
+        {float(k): str(v) for k, v in row["transforms"].items()},
+        float(row["norm_price"]),
+        tuple(float(r) for r in row["sample_ranges"]),
+        float(row["grad_square"]),
+    )

@@ -1,0 +1,81 @@
+"""Triton kernels for GPUs: one family a file. They hold a group in registers, in eight lanes.
+
+Import the families where they are used: CPU builds of PyTorch lack Triton, and importing it takes a
+second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LARGEST = 1 << 15  # elements of a group that a program's registers hold
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with all that it is called with; the first argument is a tensor."""
+
+    kernel: Any
+    programs: int
+    warps: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Launches that were not started, and the warp size of the GPU they are for."""
+
+    warp: int
+    launches: list[Launch]
+
+
+_recorder: Recorder | None = None
+
+
+def takes(x: Tensor, group: int) -> bool:
+    """True where the kernels run: on CUDA and ROCm devices with Triton, for groups that fit."""
+    return (x.is_cuda or _recorder is not None) and group <= LARGEST and _installed()
+
+
+def run(launches: Sequence[Launch]) -> None:
+    """Start them, in order, on the device of their tensors. Waits for nothing."""
+    if _recorder is not None:
+        _recorder.launches.extend(launches)
+        return
+    for launch in launches:
+        with torch.cuda.device_of(launch.arguments[0]):
+            launch.kernel[(launch.programs,)](
+                *launch.arguments, **launch.constants, num_warps=launch.warps
+            )
+
+
+def warp_size() -> int:
+    """Threads of a warp on the GPU that launches are made for."""
+    if _recorder is not None:
+        return _recorder.warp
+    return 64 if torch.version.hip else 32
+
+
+@contextmanager
+def recorded(warp: int) -> Iterator[list[Launch]]:
+    """Collect launches instead of starting them; codecs then take tensors of any device."""
+    global _recorder
+    _recorder = Recorder(warp, [])
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder = None
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None

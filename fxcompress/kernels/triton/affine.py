@@ -1,0 +1,165 @@
+"""Triton kernels of codecs/affine.py: one read of the tensor, one write of the payload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fxcompress import rng
+from fxcompress.kernels.triton import Launch
+from fxcompress.kernels.triton.common import (
+    coded_mask,
+    group_sizes,
+    hash_bits,
+    lane_masks,
+    lane_offsets,
+    load_codes,
+    load_lanes,
+    pieces,
+    store_codes,
+    store_float,
+    stream_keys,
+    tile_start,
+)
+
+
+@triton.jit
+def ordered(bits):
+    """int32 that compares as the total order of the floats with these bits; its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def grid(lowest, highest, BITS: tl.constexpr):
+    """(lo, step, whether it is regular) of groups, from their extremes in the total order."""
+    low, high = ordered(lowest), ordered(highest)
+    infinity: tl.constexpr = 0x7F800000
+    finite = ((low & 0x7FFFFFFF) < infinity) & ((high & 0x7FFFFFFF) < infinity)
+    lo = ((low + tl.where(low < 0, 0xFFFF, 0)) & -0x10000).to(tl.float32, bitcast=True)
+    top = high.to(tl.float32, bitcast=True)
+    exact = tl.maximum((top - lo) * (1.0 / ((1 << BITS) - 1)), 2.0**-100)
+    step = ((exact.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
+    step = tl.where(top > lo, step, 0.0)
+    limit = (step * ((1 << BITS) - 1)).to(tl.int32, bitcast=True)
+    finite &= (limit & 0x7FFFFFFF) < infinity
+    nan = tl.full(step.shape, 0x7FC00000, tl.int32).to(tl.float32, bitcast=True)
+    return tl.where(finite, lo, 0.0), tl.where(finite, step, nan), finite & (step > 0)
+
+
+@triton.jit
+def quantize(x, lo, r, regular, index, k_a, k_b, BITS: tl.constexpr):
+    """Codes, as int32: fixed point with 22 fractional bits plus noise, cut off. Irregular: 0."""
+    fixed = tl.minimum(((x - lo) * r).to(tl.int32), ((1 << BITS) - 1) << 22)
+    noise = (hash_bits(index.to(tl.uint32), k_a, k_b) >> 10).to(tl.int32)
+    return tl.where(regular, (fixed + noise) >> 22, 0)
+
+
+@triton.jit(do_not_specialize=["numel", "first", "stream"])
+def encode_kernel(
+    x,
+    codes,
+    scales,
+    minima,
+    key,
+    numel,
+    stream,
+    first,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    k_a, k_b = stream_keys(key, stream)
+    start = tile_start(first, GROUP, ROWS)
+    size = group_sizes(numel, start, GROUP, ROWS, FAST)
+    eighth = (size + 7) // 8
+    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
+    lanes = load_lanes(x + start, offsets, inside, 0)
+    lanes = [lane.to(tl.float32) for lane in lanes]
+    lowest = tl.full((ROWS, WIDTH), 0x7FFFFFFF, tl.int32)
+    highest = tl.full((ROWS, WIDTH), -0x80000000, tl.int32)
+    for lane in tl.static_range(8):
+        order = ordered(lanes[lane].to(tl.int32, bitcast=True))
+        lowest = tl.minimum(lowest, tl.where(inside[lane], order, 0x7FFFFFFF))
+        highest = tl.maximum(highest, tl.where(inside[lane], order, -0x80000000))
+    lo, step, regular = grid(
+        tl.min(lowest, 1, keep_dims=True), tl.max(highest, 1, keep_dims=True), BITS
+    )
+    r = tl.math.div_rn(4194304.0, tl.where(regular, step, 1.0))
+    drawn = [
+        quantize(lanes[lane], lo, r, regular & inside[lane], start + offsets[lane], k_a, k_b, BITS)
+        for lane in (0, 1, 2, 3, 4, 5, 6, 7)
+    ]
+    coded = coded_mask(size, eighth, WIDTH, FAST)
+    store_codes(codes + start // 8 * BITS, drawn, eighth, coded, GROUP, BITS)
+    groups = start // GROUP + tl.arange(0, ROWS)[:, None]
+    tl.store(scales + groups, (step.to(tl.int32, bitcast=True) >> 16).to(tl.int16), size > 0)
+    tl.store(minima + groups, (lo.to(tl.int32, bitcast=True) >> 16).to(tl.int16), size > 0)
+    if not FAST:  # where the codes end at an odd byte, all programs clear the one after it
+        end = (numel.to(tl.int64) + 7) // 8 * BITS
+        tl.store(codes + end, (end * 0).to(tl.uint8), end % 2 == 1)
+
+
+@triton.jit(do_not_specialize=["numel", "first"])
+def decode_kernel(
+    codes,
+    scales,
+    minima,
+    x,
+    numel,
+    first,
+    LIMIT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    start = tile_start(first, GROUP, ROWS)
+    size = group_sizes(numel, start, GROUP, ROWS, FAST)
+    eighth = (size + 7) // 8
+    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
+    coded = coded_mask(size, eighth, WIDTH, FAST)
+    lanes = load_codes(codes + start // 8 * BITS, eighth, coded, GROUP, BITS)
+    groups = start // GROUP + tl.arange(0, ROWS)[:, None]
+    step = tl.load(scales + groups, size > 0, other=0).to(tl.int32) << 16
+    lo = tl.load(minima + groups, size > 0, other=0).to(tl.int32) << 16
+    step, lo = step.to(tl.float32, bitcast=True), lo.to(tl.float32, bitcast=True)
+    for lane in tl.static_range(8):
+        value = lo + lanes[lane].to(tl.float32) * step
+        store_float(x + start + offsets[lane], value, inside[lane], LIMIT)
+
+
+def encode(
+    x: Tensor,
+    sections: Sequence[Tensor],
+    bits: int,
+    group: int,
+    key: Tensor,
+    stream: int,
+) -> list[Launch]:
+    """What writes the payload's sections (codes, steps, minima) from a contiguous x."""
+    codes, *metadata = sections
+    steps, minima = (section.view(torch.int16) for section in metadata)
+    given = (x, codes, steps, minima, key, x.numel(), stream & rng.MASK)
+    return [
+        piece.launch(encode_kernel, *given, BITS=bits, GROUP=group)
+        for piece in pieces(x.numel(), group, x.element_size())
+    ]
+
+
+def decode(sections: Sequence[Tensor], x: Tensor, bits: int, group: int) -> list[Launch]:
+    """What fills a contiguous x from the payload's sections."""
+    codes, *metadata = sections
+    steps, minima = (section.view(torch.int16) for section in metadata)
+    given = (codes, steps, minima, x, x.numel())
+    limit = torch.finfo(x.dtype).max
+    return [
+        piece.launch(decode_kernel, *given, LIMIT=limit, BITS=bits, GROUP=group)
+        for piece in pieces(x.numel(), group, x.element_size())
+    ]

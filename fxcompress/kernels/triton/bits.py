@@ -1,0 +1,93 @@
+"""Triton kernels of codecs/bits.py: only the low byte of an item can tell its code."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fxcompress.kernels.triton import Launch
+from fxcompress.kernels.triton.common import (
+    coded_mask,
+    group_sizes,
+    lane_masks,
+    lane_offsets,
+    load_codes,
+    load_lanes,
+    pieces,
+    store_codes,
+    tile_start,
+)
+
+GROUP = 256
+
+
+@triton.jit(do_not_specialize=["numel", "first", "low"])
+def encode_kernel(
+    x,
+    codes,
+    numel,
+    low,
+    first,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    start = tile_start(first, GROUP, ROWS)
+    size = group_sizes(numel, start, GROUP, ROWS, FAST)
+    eighth = (size + 7) // 8
+    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
+    low = low.to(x.dtype.element_ty)
+    lanes = load_lanes(x + start, offsets, inside, low)
+    lanes = [(lane - low).to(tl.int32) for lane in lanes]
+    coded = coded_mask(size, eighth, WIDTH, FAST)
+    store_codes(codes + start // 8 * BITS, lanes, eighth, coded, GROUP, BITS)
+
+
+@triton.jit(do_not_specialize=["numel", "first", "low"])
+def decode_kernel(
+    codes,
+    x,
+    numel,
+    low,
+    first,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    start = tile_start(first, GROUP, ROWS)
+    size = group_sizes(numel, start, GROUP, ROWS, FAST)
+    eighth = (size + 7) // 8
+    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
+    coded = coded_mask(size, eighth, WIDTH, FAST)
+    lanes = load_codes(codes + start // 8 * BITS, eighth, coded, GROUP, BITS)
+    for lane in tl.static_range(8):
+        value = lanes[lane].to(x.dtype.element_ty) + low.to(x.dtype.element_ty)
+        tl.store(x + start + offsets[lane], value, inside[lane])
+
+
+def encode(x: Tensor, codes: Tensor, bits: int, low: int) -> list[Launch]:
+    """What packs a contiguous x."""
+    x = _bytes(x)
+    return [
+        piece.launch(encode_kernel, x, codes, x.numel(), low, BITS=bits, GROUP=GROUP)
+        for piece in pieces(x.numel(), GROUP, x.element_size())
+    ]
+
+
+def decode(codes: Tensor, x: Tensor, bits: int, low: int) -> list[Launch]:
+    """What fills a contiguous x."""
+    x = _bytes(x)
+    return [
+        piece.launch(decode_kernel, codes, x, x.numel(), low, BITS=bits, GROUP=GROUP)
+        for piece in pieces(x.numel(), GROUP, x.element_size())
+    ]
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.dtype == torch.bool else x

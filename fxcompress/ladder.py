@@ -1,0 +1,97 @@
+"""Ladder: every representation the planner may give a tensor, each with its noise.
+
+Noise is the squared error that a representation adds to the parameter gradients, over their squared
+norm. Calibration measures it. Where there is none it is guessed: every tensor's relative error
+counts alike, and a codec's relative error is what it is on normal values: at b bits a group of 256
+normal values spans about 5.6 standard deviations, so stochastic rounding adds
+``5.6² / 6 / (2^b − 1)²`` of the variance and dither half of that; the rotated Lloyd–Max quantizer
+adds ``1/ρ² − 1``.
+
+A fixed error counts more than a random one of the same size: noise averages out over steps, bias
+does not (a GPT trained worse at half a bit with dropped components than at twice that error without
+bias). Squared bias is weighed by `BIAS_WEIGHT`, about the steps over which Adam averages.
+"""
+
+from __future__ import annotations
+
+from fxcompress.choose import bytes_of, codable_choice, exact_choice, is_codable
+from fxcompress.codecs import codec
+from fxcompress.codecs.levels import levels
+from fxcompress.evidence import Price, TensorEvidence
+from fxcompress.passes.analyse import Candidate
+from fxcompress.passes.rewrite import KEEP, Choice
+from fxcompress.solve import Option
+
+BIAS_WEIGHT = 100.0
+AFFINE_BITS = (8, 7, 6, 5, 4, 3, 2, 1)
+DITHER_BITS = (8, 7, 6, 5, 4, 3)
+ROTATE_BITS = (5, 4, 3, 2, 1)
+SAMPLE_RATES = (0.5, 0.25, 0.125, 0.0625)
+
+
+def specs(group: int = 256) -> list[str]:
+    """Codecs that calibration prices for every tensor."""
+    return [
+        *(codec(f"affine(bits={b},group={group})").spec for b in AFFINE_BITS),
+        *(codec(f"dither(bits={b},group={group})").spec for b in DITHER_BITS),
+        *(codec(f"rotate(bits={b})").spec for b in ROTATE_BITS),
+        *(codec(f"subsample(rate={r})").spec for r in SAMPLE_RATES),
+    ]
+
+
+def cost(price: Price) -> float:
+    """One number for the solver; see the module docstring."""
+    return price.variance + BIAS_WEIGHT * price.bias
+
+
+def ladder(
+    candidate: Candidate, group: int, evidence: TensorEvidence | None = None
+) -> list[Option]:
+    """Representations of a candidate that no other beats in both bytes and noise."""
+    exact = exact_choice(candidate)
+    lossless = [Option(exact, 0.0)]
+    if exact.representation != KEEP:
+        lossless.append(Option(Choice(candidate, KEEP, "kept"), 0.0))
+    if not is_codable(candidate):
+        return lossless
+    measured = evidence is not None and bool(evidence.prices)
+    costs = (
+        {spec: cost(price) for spec, price in evidence.prices.items()}
+        if evidence is not None and measured
+        else _guess(group)
+    )
+    lossy: dict[str, Option] = {}
+    for spec, noise in costs.items():
+        choice = codable_choice(candidate, spec)
+        # A width below what the readers bear comes back as another spec: not this price.
+        if choice.representation == spec:
+            lossy[spec] = Option(choice, noise)
+    if candidate.floor_bits > 1 and not lossy:
+        wider = codable_choice(candidate, f"affine(bits={candidate.floor_bits},group={group})")
+        if wider.representation != KEEP:
+            lossy[wider.representation] = Option(wider, _guess(group)[wider.representation])
+    return [*lossless, *_undominated(list(lossy.values()))]
+
+
+def _undominated(options: list[Option]) -> list[Option]:
+    """From the least noisy on, each with fewer bytes than all before it."""
+    kept: list[Option] = []
+    smallest = float("inf")
+    for option in sorted(options, key=lambda o: (o.noise, bytes_of(o.choice, {}))):
+        size = bytes_of(option.choice, {})
+        if size < smallest:
+            kept.append(option)
+            smallest = size
+    return kept
+
+
+def _guess(group: int) -> dict[str, float]:
+    """Relative error on normal values by spec; see the module docstring."""
+    grid = {b: 5.6**2 / 6 / (2**b - 1) ** 2 for b in AFFINE_BITS}
+    turned = {b: 1 / (1 - levels(b).distortion) - 1 for b in ROTATE_BITS}
+    return {
+        **{codec(f"affine(bits={b},group={group})").spec: grid[b] for b in AFFINE_BITS},
+        **{codec(f"dither(bits={b},group={group})").spec: grid[b] / 2 for b in DITHER_BITS},
+        **{codec(f"rotate(bits={b})").spec: turned[b] for b in ROTATE_BITS},
+        **{codec(f"subsample(rate={r})").spec: (1 + turned[1]) / r - 1 for r in SAMPLE_RATES},
+    }

@@ -1,0 +1,91 @@
+"""Named policies: which representation each saved tensor gets. Each seed system keeps its own."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+from fxcompress.errors import SettingsError
+from fxcompress.policies import actnn, average, division, fp8, gact, thesis, uniform
+from fxcompress.policies.base import Policy, Situation
+
+__all__ = ["Policy", "Situation", "check_policy", "policies", "policy"]
+
+_AUTO = Policy(
+    "auto", "a representation for each tensor, the least noise under the budget", solves=True
+)
+
+_FIXED = {
+    p.name: p for p in (*uniform.POLICIES, *actnn.POLICIES, *gact.POLICIES, *fp8.POLICIES, _AUTO)
+}
+# Policies with parameters: name(…) as in Python, all optional.
+_MAKERS: dict[str, Callable[..., Policy]] = {
+    **{f"aq-{bits}": partial(average.aq, bits) for bits in (2.0, 1.5, 1.25, 1.0)},
+    "alam": average.alam,
+    "division": division.division,
+    "thesis-det": thesis.det,
+    "thesis-affine": thesis.affine,
+    "thesis-stoch": thesis.stoch,
+}
+_SPEC = re.compile(r"\s*([\w.-]+?)\s*(?:\((.*)\))?\s*")
+
+
+def policies() -> list[str]:
+    """Names accepted by ``fxcompress.backend(policy=…)``."""
+    return [*_FIXED, *_MAKERS]
+
+
+def check_policy(name: str) -> None:
+    """Raise SettingsError unless ``name`` is a policy."""
+    policy(name)
+
+
+@cache
+def policy(name: str) -> Policy:
+    """The policy called ``name``, with its parameters: ``thesis-det(2)``, ``division(b=4,q=2)``.
+
+    Raises:
+        SettingsError: unknown name or parameter; the message lists the known ones.
+    """
+    match = _SPEC.fullmatch(name)
+    base = match[1] if match else name
+    if match and base in _MAKERS:
+        return _make(name, _MAKERS[base], match[2] or "")
+    if base in _FIXED and (match is None or not match[2]):
+        return _FIXED[base]
+    hint = " (widths are 1 to 8 bits)" if re.fullmatch(r"uniform\d+", base) else ""
+    raise SettingsError(f"unknown policy {name!r}{hint}; choose one of: {', '.join(policies())}")
+
+
+def _make(name: str, maker: Callable[..., Policy], text: str) -> Policy:
+    positional: list[Any] = []
+    named: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if equals:
+            named[key] = _value(value)
+        else:
+            positional.append(_value(key))
+    try:
+        inspect.signature(maker).bind(*positional, **named)
+        return maker(*positional, **named)
+    except TypeError as error:
+        parameters = ", ".join(str(p) for p in inspect.signature(maker).parameters.values())
+        raise SettingsError(
+            f"policy {name!r}: {error}; its parameters are ({parameters})"
+        ) from None
+
+
+def _value(text: str) -> Any:
+    """A number, a truth value, or the text itself."""
+    if text in {"True", "False"}:
+        return text == "True"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

@@ -1,0 +1,270 @@
+"""`fxcompress bench kernels`: what the compiled GPU kernels are like, and the speed of the CPU's.
+
+The GPU part needs no GPU: kernels are compiled for each target, and all but the last column is read
+from the compiled code. The last is an estimate from it: the bytes at the device's memory bandwidth
+or the instructions at its issue rates, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fxcompress.codecs import Codec, codec, codec_names
+from fxcompress.errors import SettingsError
+from fxcompress.kernels import cpu
+from fxcompress.kernels import triton as kernels
+from fxcompress.tools.bench_step import describe, machine
+
+if TYPE_CHECKING:
+    from fxcompress.kernels.triton.aot import Code
+
+GB = 1e9
+TARGETS = ("sm_80", "sm_90", "gfx942")
+FAMILIES = ("affine", "dither", "rotate")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_COMPILED = 1 << 20  # elements that kernels are compiled for: whole tiles only
+
+
+@dataclass(frozen=True)
+class GpuRow:
+    """One kernel compiled for one target.
+
+    tensor_access_bytes: every byte of the tensor moves in accesses of at least so many bytes.
+    bytes_ratio: bytes that a program moves over those of its elements and their payload.
+    """
+
+    kernel: str
+    target: str
+    registers: int
+    spills: int
+    tensor_access_bytes: int
+    bytes_ratio: float
+    instructions_per_element: float
+    estimated_gb_s: float
+    estimated_for: str
+
+
+@dataclass(frozen=True)
+class CpuRow:
+    """Median time over that of x.clone(); below 1 is faster."""
+
+    codec: str
+    bits: int
+    dtype: str
+    encode_vs_clone: float
+    decode_vs_clone: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `fxcompress bench kernels`."""
+    parser.add_argument("--mb", type=float, default=64, help="size of the CPU tensor, MB")
+    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each CPU kernel")
+    parser.add_argument("--skip-cpu", action="store_true", help="only compile")
+    parser.add_argument("--skip-gpu", action="store_true", help="only time the CPU's")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile, measure, print two tables, and with --json one line of JSON."""
+    if args.repeats < 1 or args.mb <= 0:
+        raise SettingsError("--repeats must be 1 or more, --mb above 0")
+    if not args.skip_gpu and find_spec("triton") is None:
+        raise SettingsError("the GPU part compiles with Triton, which is missing; use --skip-gpu")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    gpu = [] if args.skip_gpu else list(compiled())
+    if gpu:
+        _print(
+            console,
+            gpu,
+            title="Compiled for GPUs (none ran); tensor GB/s estimated from compiled code",
+            kernel="kernel",
+            target="compiled for",
+            registers="registers",
+            spills="spills",
+            tensor_access_bytes="access B",
+            bytes_ratio="bytes",
+            instructions_per_element="instr",
+            estimated_gb_s="GB/s est.",
+            estimated_for="of",
+        )
+    timed = [] if args.skip_cpu else list(measured(int(args.mb * 1e6), args.repeats))
+    if timed:
+        _print(
+            console,
+            timed,
+            title=f"CPU, {args.mb:g} MB: time over that of x.clone()",
+            codec="codec",
+            bits="bits",
+            dtype="dtype",
+            encode_vs_clone="encode",
+            decode_vs_clone="decode",
+        )
+        console.print(describe(machine()), highlight=False)
+    if args.json:
+        rows = {"gpu": [asdict(row) for row in gpu], "cpu": [asdict(row) for row in timed]}
+        print(json.dumps({**rows, "machine": machine()}))
+    return 0
+
+
+# ---- GPU: compiled, not run ----
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peaks from the vendor's data sheet and programming guide; rates are a unit and cycle.
+
+    A unit is an SM or a compute unit; lanes: 32-bit results of any kind, `slow` of the kinds named.
+    """
+
+    name: str
+    gb_s: float
+    units: int
+    ghz: float
+    lanes: int
+    slow: dict[str, int]
+
+    def seconds(self, instructions: Counter[str], threads: int) -> float:
+        """Of a program of `threads`, by the busiest of its pipes, one unit to itself."""
+        pipes: Counter[int] = Counter()
+        for name, count in instructions.items():
+            rate = next((r for p, r in self.slow.items() if name.startswith(p)), self.lanes)
+            if rate < self.lanes:
+                pipes[rate] += count
+            pipes[self.lanes] += count
+        return max(count * threads / rate for rate, count in pipes.items()) / (self.ghz * 1e9)
+
+
+_INTEGER = ("LOP3", "SHF", "IADD3", "VIADD", "LEA", "PRMT", "SEL", "SGXT", "ISETP", "IMNMX")
+_INTEGER += ("VIMNMX", "FMNMX", "FSEL", "FSETP")
+DEVICES = {
+    "sm_80": Device(
+        "A100 SXM",
+        2039,
+        108,
+        1.41,
+        128,
+        {**dict.fromkeys(_INTEGER, 64), "F2I": 16, "I2F": 16},
+    ),
+    "sm_90": Device(
+        "H100 SXM", 3350, 132, 1.83, 128, {**dict.fromkeys(_INTEGER, 64), "F2I": 64, "I2F": 64}
+    ),
+    "gfx942": Device("MI300X", 5300, 304, 2.1, 64, {"v_mul_lo_u32": 16}),
+}
+
+
+def compiled() -> Iterator[GpuRow]:
+    """Every kernel for every target at 2 and 4 bits; masks at 1."""
+    for c, name, dtype in _cases():
+        for target in TARGETS:
+            yield from _rows(c, name, dtype, target)
+
+
+def _cases() -> Iterator[tuple[Codec, str, torch.dtype]]:
+    for family in _available():
+        for bits in (2, 4):
+            for name, dtype in DTYPES.items():
+                yield codec(f"{family}(bits={bits})"), name, dtype
+    yield codec("bits(bits=1)"), "bool", torch.bool
+
+
+def _available() -> list[str]:
+    return [name for name in FAMILIES if name in codec_names()]
+
+
+def _rows(c: Codec, name: str, dtype: torch.dtype, target: str) -> Iterator[GpuRow]:
+    from fxcompress.kernels.triton.aot import compile_for, warp_of
+
+    x = torch.empty(_COMPILED, dtype=dtype, device="meta")
+    key = torch.empty(2, dtype=torch.int64, device="meta")
+    with kernels.recorded(warp_of(target)) as launches:
+        payload = c.encode(x, key, 1)
+        c.decode(payload, x.shape, dtype, key, 1)
+    for way, launch in zip(("encode", "decode"), launches, strict=True):
+        code, threads = compile_for(target, launch), launch.warps * warp_of(target)
+        share = launch.programs / GB  # GB are what all programs read or write of the tensor
+        device = DEVICES[target]
+        whole = (x.nbytes + payload.nbytes) / GB
+        seconds = max(
+            code.moved_bytes * share / device.gb_s,
+            device.seconds(code.instructions, threads) * launch.programs / device.units,
+        )
+        yield GpuRow(
+            kernel=f"{c} {name} {way}",
+            target=target,
+            registers=code.registers,
+            spills=code.stack_bytes,
+            tensor_access_bytes=_access(code, way, x.nbytes // launch.programs // threads),
+            bytes_ratio=code.moved_bytes * share / whole,
+            instructions_per_element=code.instructions.total()
+            * threads
+            * launch.programs
+            / x.numel(),
+            estimated_gb_s=x.nbytes / GB / seconds,
+            estimated_for=device.name,
+        )
+
+
+def _access(code: Code, way: str, needed: int) -> int:
+    """The widest accesses on the tensor's side that carry the `needed` bytes of a thread."""
+    widths = code.loads if way == "encode" else code.stores
+    for width in sorted(widths, reverse=True):
+        needed -= width * widths[width]
+        if needed <= 0:
+            return width
+    raise AssertionError(f"{needed} bytes of the tensor are not accessed: {widths}")
+
+
+# ---- CPU: measured ----
+
+
+def measured(size: int, repeats: int) -> Iterator[CpuRow]:
+    """Every codec that has CPU kernels at 2 and 4 bits, calls interleaved with x.clone()."""
+    if not cpu.available():
+        raise SettingsError("there is no C++ compiler for the CPU kernels; use --skip-cpu")
+    key = torch.tensor([1, 2])
+    for name, dtype in DTYPES.items():
+        x = torch.randn(size // dtype.itemsize).to(dtype)
+        for family in _available():
+            for bits in (2, 4):
+                yield _timed(codec(f"{family}(bits={bits})"), bits, name, x, key, repeats)
+
+
+def _timed(c: Codec, bits: int, dtype: str, x: Tensor, key: Tensor, repeats: int) -> CpuRow:
+    payload = c.encode(x, key, 0)
+    calls: list[Callable[[], Tensor]] = [
+        x.clone,
+        lambda: c.encode(x, key, 0),
+        lambda: c.decode(payload, x.shape, x.dtype, key, 0),
+    ]
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats + 1):
+        for call, found in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - start)
+    clone, encode, decode = (median(found[1:]) for found in seconds)  # the first calls warm up
+    return CpuRow(c.name, bits, dtype, encode / clone, decode / clone)
+
+
+def _print(console: Console, rows: list[GpuRow] | list[CpuRow], **titles: str) -> None:
+    table = Table(title=titles.pop("title"))
+    for heading in titles.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        values = (getattr(row, name) for name in titles)
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
+    console.print(table)

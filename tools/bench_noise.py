@@ -1,0 +1,284 @@
+"""`fxcompress bench noise`: gradient noise of each policy at equal saved bytes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fxcompress import rng
+from fxcompress.calibrate import evidence_of
+from fxcompress.choose import bytes_of, is_codable, mask_bytes
+from fxcompress.errors import SettingsError
+from fxcompress.evidence import Calibration, signature
+from fxcompress.ladder import ladder
+from fxcompress.passes.analyse import analyse
+from fxcompress.passes.rewrite import Choice, rewrite
+from fxcompress.peak import timeline
+from fxcompress.planner import tie_storages
+from fxcompress.policies import Situation, policy
+from fxcompress.record import Recorder, Recording, gradients, record
+from fxcompress.sensitivity import Sensitivity, price, sensitivity
+from fxcompress.solve import build, least_noise, least_saved
+from fxcompress.tools import models
+from fxcompress.tools.bench_step import describe, machine
+from fxcompress.tools.feed import Feed, feed, train
+
+MB = 1e6
+MIN_BYTES = 16384
+TOLERANCE = 1.01  # "equal bytes": a policy may spend this much more than it is matched to
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy. Variance, bias and prediction are relative to the exact gradient's square.
+
+    `bias` is the squared bias over the seeds, corrected for chance; `bias_chance` one standard
+    deviation of what chance alone gives it. `level` is the knob that met the bytes.
+    """
+
+    saved_mb: float
+    grad_variance: float
+    predicted_variance: float
+    bias: float
+    bias_chance: float
+    level: float | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `fxcompress bench noise`."""
+    parser.add_argument("model", help=models.SPECS)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", type=int, default=64, help="image side, or sequence length")
+    parser.add_argument("--policies", default="uniform2,rotate2,auto")
+    parser.add_argument(
+        "--match-bytes", metavar="POLICY", help="tune each policy to the saved bytes of this one"
+    )
+    parser.add_argument(
+        "--bytes-factor", type=float, default=1.0, help="of the bytes matched to, as 0.5"
+    )
+    parser.add_argument("--data", type=Path, help="JPEG folders, or a text file for the GPT")
+    parser.add_argument("--warm-steps", type=int, default=200, help="AdamW steps beforehand")
+    parser.add_argument("--seeds", type=int, default=16, help="noise streams to average over")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, and with --json one line of JSON."""
+    names = list(dict.fromkeys(n.strip() for n in _split(args.policies) if n.strip()))
+    for name in (*names, *([args.match_bytes] if args.match_bytes else [])):
+        policy(name)
+    if args.seeds < 2:
+        raise SettingsError("--seeds must be 2 or more: bias is told from noise by their mean")
+    torch.manual_seed(args.seed)
+    task = models.load(args.model, args.batch, args.size)
+    notes = Console(stderr=True)
+    with notes.status("training") as status:
+        source, data = feed(task, args.data, args.batch, args.size, args.seed)
+        loss = train(source, args.warm_steps)
+        status.update("calibrating")
+        calibration = evidence_of(_recorded(source), _recorded(source))
+        status.update("recording the batch to measure on")
+        recordings = _recorded(source)
+        sensitivities = [sensitivity(r, is_codable, probes=2, seed=1) for r in recordings]
+        exact = _flat(recordings, [r.cut for r in recordings])
+        target = None
+        if args.match_bytes:
+            chosen, _ = _choose(recordings, args.match_bytes, calibration, None)
+            target = sum(map(_saved, chosen)) * args.bytes_factor
+        rows = {}
+        for name in names:
+            status.update(f"measuring {name}")
+            chosen, level = _choose(recordings, name, calibration, target)
+            rows[name] = _measure(recordings, sensitivities, chosen, exact, args.seeds, level)
+    about = {
+        "model": args.model,
+        "batch": args.batch,
+        "size": args.size,
+        "data": data,
+        "warm_steps": args.warm_steps,
+        "warm_loss": loss,
+        "match_bytes": args.match_bytes,
+        "bytes_factor": args.bytes_factor,
+        "plain_saved_mb": sum(r.plain_saved_bytes for r in recordings) / MB,
+        "seed": args.seed,
+        "seeds": args.seeds,
+        "machine": machine(),
+    }
+    _print(rows, about)
+    if args.json:
+        print(json.dumps({"policies": {name: asdict(row) for name, row in rows.items()}, **about}))
+    return 0
+
+
+def _recorded(source: Feed) -> tuple[Recording, ...]:
+    """The graphs of one step on the next batch."""
+    task = source()
+
+    def step(recorder: Recorder) -> None:
+        torch._dynamo.reset()
+        task.forward(torch.compile(task.model, backend=recorder)).backward()
+        task.model.zero_grad(set_to_none=True)
+
+    return record(step, MIN_BYTES)
+
+
+def _choose(
+    recordings: Sequence[Recording], name: str, calibration: Calibration, target: float | None
+) -> tuple[list[tuple[Choice, ...]], float | None]:
+    """Choices for each graph, and the level of the policy's knob that spends `target` bytes."""
+    found = policy(name)
+    if found.solves:
+        if target is None:
+            raise SettingsError(f"policy {name!r} needs bytes to plan for: give --match-bytes")
+        return [_solved(r, calibration, target * _share(r, recordings)) for r in recordings], None
+    if found.choose is None:
+        raise SettingsError(f"policy {name!r} adds no noise to measure")
+
+    def at(level: float | None) -> list[tuple[Choice, ...]]:
+        assert found.choose is not None
+        return [
+            tie_storages(
+                found.choose(
+                    Situation(r.candidates, level, evidence=calibration.of(signature(r.cut)) or {})
+                )
+            )
+            for r in recordings
+        ]
+
+    if target is None or not found.levels:
+        return at(None), None
+    for level in found.levels:  # from the most bytes to the fewest
+        choices = at(level)
+        if sum(map(_saved, choices)) <= target * TOLERANCE:
+            return choices, level
+    return at(found.levels[-1]), found.levels[-1]
+
+
+def _solved(recording: Recording, calibration: Calibration, limit: float) -> tuple[Choice, ...]:
+    """What policy auto would choose for this many saved bytes."""
+    evidence = calibration.of(signature(recording.cut)) or {}
+    ladders = [ladder(c, 256, evidence.get(c.name)) for c in recording.candidates]
+    memory = timeline(recording.cut, recording.candidates, channels_last=recording.channels_last)
+    program = build(ladders, memory)
+    return least_noise(program, saved=limit) or least_saved(program)
+
+
+def _share(recording: Recording, recordings: Sequence[Recording]) -> float:
+    return recording.plain_saved_bytes / sum(r.plain_saved_bytes for r in recordings)
+
+
+def _saved(choices: Sequence[Choice]) -> int:
+    masks = mask_bytes(choices)
+    return sum(bytes_of(c, masks) for c in choices)
+
+
+def _measure(
+    recordings: Sequence[Recording],
+    sensitivities: Sequence[Sensitivity],
+    chosen: Sequence[Sequence[Choice]],
+    exact: Tensor,
+    seeds: int,
+    level: float | None,
+) -> Row:
+    rewritten = [_rewritten(r, c) for r, c in zip(recordings, chosen, strict=True)]
+    total = torch.zeros_like(exact)
+    square = 0.0
+    for seed in range(seeds):
+        rng.manual_seed(seed)
+        error = _flat(recordings, rewritten) - exact
+        total += error
+        square += float(error.square().sum()) / seeds
+    norm = float(exact.square().sum())
+    mean = float((total / seeds).square().sum())
+    # E|mean|² = bias² + variance/n, and E|error|² = bias² + variance.
+    bias = (mean - square / seeds) / (1 - 1 / seeds)
+    variance = square - max(bias, 0.0)
+    chance = variance / seeds * (2 / _freedom(exact)) ** 0.5
+    predicted = 0.0
+    for found, choices in zip(sensitivities, chosen, strict=True):
+        specs = {c.candidate.name: c.codec_spec for c in choices}
+        for tensor in found.tensors:
+            spec = specs.get(tensor.candidate.name)
+            if spec is not None and tensor.weights is not None:
+                predicted += price(tensor, spec, 1.0).variance
+    return Row(
+        saved_mb=sum(map(_saved, chosen)) / MB,
+        grad_variance=variance / norm,
+        predicted_variance=predicted / norm,
+        bias=max(bias, 0.0) / norm,
+        bias_chance=chance / norm,
+        level=level,
+    )
+
+
+def _freedom(gradient: Tensor) -> float:
+    """About how many independent directions the noise has: an estimate for the error bar."""
+    return min(float(gradient.numel()), 100.0)
+
+
+def _rewritten(recording: Recording, choices: Sequence[Choice]) -> Any:
+    """A copy of the recording's graphs with these choices applied."""
+    cut = recording.cut.copy()
+    own = {c.name: c for c in analyse(cut, MIN_BYTES, channels_last=recording.channels_last)}
+    moved = [Choice(own[c.candidate.name], c.representation, c.reason) for c in choices]
+    return rewrite(cut, moved, "bench", channels_last=recording.channels_last)
+
+
+def _flat(recordings: Sequence[Recording], cuts: Sequence[Any]) -> Tensor:
+    """The whole parameter gradient, float64."""
+    parts = [
+        g.flatten().double()
+        for r, cut in zip(recordings, cuts, strict=True)
+        for g in gradients(r, cut)
+    ]
+    return torch.cat(parts)
+
+
+def _split(text: str) -> list[str]:
+    """Policies apart at commas outside parentheses."""
+    found, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += character
+    return found
+
+
+def _print(rows: dict[str, Row], about: dict[str, Any]) -> None:
+    matched = f", at {about['bytes_factor']:g}× the bytes of {about['match_bytes']}"
+    title = f"{about['model']}, batch {about['batch']}, size {about['size']}"
+    table = Table(title=title + (matched if about["match_bytes"] else ""))
+    table.add_column("policy")
+    for heading in ("level", "saved MB", "variance", "predicted", "squared bias", "chance"):
+        table.add_column(heading, justify="right")
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            "-" if row.level is None else f"{row.level:g}",
+            f"{row.saved_mb:.2f}",
+            f"{row.grad_variance:.3g}",
+            f"{row.predicted_variance:.3g}",
+            f"{row.bias:.1e}",
+            f"{row.bias_chance:.0e}",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    console.print(describe(about["machine"]), highlight=False)
+    console.print(
+        f"{about['data']}; {about['warm_steps']} steps first, loss {about['warm_loss']:.3f}; "
+        f"plain Inductor saves {about['plain_saved_mb']:.2f} MB; seed {about['seed']}, "
+        f"{about['seeds']} noise streams"
+    )
