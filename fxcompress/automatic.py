@@ -128,7 +128,7 @@ def _renumbered(module: fx.GraphModule, batch: int, fewer: int) -> fx.GraphModul
     changed = copy.deepcopy(module)
     for node in changed.graph.nodes:
         if node.op in {"call_method", "call_function"}:
-            node.args = fx.map_aggregate(node.args, lambda a: _scaled(a, batch, fewer))
+            node.args = fx.node.map_aggregate(node.args, lambda a: _scaled(a, batch, fewer))
     changed.recompile()
     return changed
 

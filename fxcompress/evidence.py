@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -79,7 +80,7 @@ class Calibration:
 
     def to_json(self) -> str:
         """All of it as text, the states that transform codecs name included."""
-        held = {n: base64.b64encode(states.dump(states.get(n))).decode() for n in self._states()}
+        held = {n: base64.b64encode(states.dump(n)).decode() for n in self._states()}
         return json.dumps({"format": FORMAT, **asdict(self), "states": held})
 
     def _states(self) -> list[str]:
@@ -101,7 +102,7 @@ class Calibration:
                     "with fxcompress.calibrate(model, batch).save(path)"
                 )
             for text in data["states"].values():
-                states.put(states.load(base64.b64decode(text)))
+                states.restore(base64.b64decode(text))
             graphs = tuple(
                 GraphEvidence(
                     str(graph["signature"]),
@@ -117,7 +118,7 @@ class Calibration:
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @staticmethod
-    def load(path: str | Path) -> Calibration:
+    def load(path: str | os.PathLike[str]) -> Calibration:
         """Read what :meth:`save` wrote.
 
         Raises:

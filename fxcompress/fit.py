@@ -207,7 +207,7 @@ def staleness(codec: Transform, values: Tensor, fitted_energy: Tensor) -> float:
 
     1 is as calibrated; 2 means twice the noise that was planned for.
     """
-    rates = states.get(codec.rates)["rates"].long()
+    rates = torch.from_numpy(states.arrays(codec.rates)["rates"]).long()
     errors = torch.from_numpy(_errors())[rates]
     now = codec.forward(values.float()).double().square().mean(1).cpu()
     return float((errors * now).sum() / (errors * fitted_energy).sum())

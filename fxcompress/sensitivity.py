@@ -141,8 +141,8 @@ def _pullback(
     leaves = {name: fixed[name] for name in names}
 
     def pull() -> tuple[list[Tensor], Callable[..., Any]]:
-        gradient, pullback = torch.func.vjp(backward, leaves)
-        return gradient, pullback
+        found: Any = torch.func.vjp(backward, leaves)
+        return found[0], found[1]
 
     gradient, pullback = pull()
 

@@ -383,7 +383,7 @@ def compile_interpreted(
             self.call = call
             self._boxed_call = True  # on the instance: wrappers copy its __dict__
 
-        def __call__(self, arguments: list[Any]) -> Any:
+        def __call__(self, arguments: Any) -> Any:
             given = list(arguments)
             arguments.clear()  # the boxed convention: what the callee has, it may free
             return self.call(given)

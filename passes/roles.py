@@ -62,7 +62,7 @@ def product_of(candidate: Candidate) -> Product | None:
             kernel = 1
             for side in shape[2:]:
                 kernel *= side
-            return Product(gradient, kernel, int(reader.args[9]))  # type: ignore[call-overload]
+            return Product(gradient, kernel, int(reader.args[9]))  # type: ignore[call-overload,arg-type]
         if name in {"mm", "bmm"}:
             ours = set(_views(candidate.saved.backward))
             other = [n for n in reader.all_input_nodes if n not in ours]

@@ -142,9 +142,7 @@ def test_unchanged_graphs_are_explained_after_a_hit(
     assert second[1]["plan"] == first[1]["plan"]
 
 
-@pytest.mark.parametrize(
-    ("place", "spec"), [(2, "affine(bits=8)"), (3, "affine(bits=4,group=64)")]
-)
+@pytest.mark.parametrize(("place", "spec"), [(2, "affine(bits=8)"), (3, "affine(bits=4,group=64)")])
 def test_other_settings_miss(second: list[dict[str, Any]], place: int, spec: str) -> None:
     result = second[place]
     assert result["hits"] == 0

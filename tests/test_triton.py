@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -21,7 +21,12 @@ from torch import Tensor
 
 from fxcompress import rng
 from fxcompress.codecs import Affine, Bits, Codec
+from fxcompress.codecs.dither import Dither
+from fxcompress.codecs.rotate import Rotate
 from fxcompress.kernels import triton as kernels
+
+if TYPE_CHECKING:
+    from fxcompress.kernels.triton.aot import Code
 
 pytest.importorskip("triton")
 
@@ -30,9 +35,9 @@ interpreted = pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRE
 compiled = pytest.mark.skipif(INTERPRETING, reason="compiles")
 
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# The interpreter takes a tenth of a second a tile: every width once, every type at 4 bits.
+WIDTHS = [(b, d) for b in range(1, 9) for d in FLOATS if b == 4 or d == FLOATS[b % 3]]
 STREAM = 3
-# A whole tile and a tail; groups for the masked path; less than a group; nothing.
-CASES = ((256, 4096 + 3 * 256 + 77), (64, 8192), (1000, 2100), (24, 100), (8, 77), (256, 0))
 
 
 def test_kernels_equal_references() -> None:
@@ -94,6 +99,11 @@ def awkward(size: int, dtype: torch.dtype) -> Tensor:
     return x
 
 
+def tile(dtype: torch.dtype) -> int:
+    """Elements that a program of the fast path takes: 16 bytes of each lane a thread."""
+    return 8 * 4 * 32 * 16 // dtype.itemsize
+
+
 def check(c: Codec, x: Tensor) -> None:
     """The kernels give the reference's payload, and from it the reference's tensor."""
     key = step_key()
@@ -110,29 +120,106 @@ def check(c: Codec, x: Tensor) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("bits", "dtype"), WIDTHS)
 def test_affine(bits: int, dtype: torch.dtype) -> None:
-    group, size = CASES[bits % len(CASES)]
-    check(Affine(bits, group), awkward(size, dtype))
-    check(Affine(bits, 256), awkward(777 + bits, dtype))
+    check(Affine(bits), awkward(tile(dtype) + 333, dtype))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("group", "size"), [(64, 8200), (8, 77), (24, 100), (1000, 2100), (256, 5), (256, 0)]
+)
+def test_affine_groups(group: int, size: int) -> None:
+    for bits, dtype in ((3, torch.float32), (1, torch.bfloat16)):
+        check(Affine(bits, group), awkward(size, dtype))
+
+
+@interpreted
+@pytest.mark.parametrize(("bits", "dtype"), WIDTHS[::3])
+def test_dither(bits: int, dtype: torch.dtype) -> None:
+    check(Dither(bits), awkward(tile(dtype) + 333, dtype))
+
+
+@interpreted
+@pytest.mark.parametrize(("bits", "dtype"), [case for case in WIDTHS if case[0] <= 5])
+def test_rotate(bits: int, dtype: torch.dtype) -> None:
+    group, scale = (256, 128, 512)[bits % 3], ("eden", "lsq")[bits % 2]
+    check(Rotate(bits, group, scale), awkward(tile(dtype) + 333, dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("size", [0, 1, 31, 130, 257])
+def test_rotate_tails(size: int) -> None:
+    for group in (128, 256, 512):
+        check(Rotate(3, group, mean="none"), awkward(size, torch.float32))
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_bits(dtype: torch.dtype) -> None:
     for bits, low in ((1, 0),) if dtype == torch.bool else ((1, 3), (3, -2), (8, 0)):
-        for size in (300, 16384 + 77):
-            check(Bits(bits, low), torch.randint(0, 2 if low else 256, (size,)).to(dtype))
+        x = torch.randint(0, 2 if low else 256, (tile(dtype) + 300,))
+        check(Bits(bits, low), x.to(dtype))
 
 
 @interpreted
-def test_keys_of_every_size() -> None:
+@pytest.mark.parametrize("key", [[-1, 0], [-(1 << 63), (1 << 63) - 1], [1 << 40, 1 << 33]])
+def test_keys_of_every_size(key: list[int]) -> None:
+    x, c, words = torch.randn(300), Affine(2), torch.tensor(key)
+    for stream in (0, 1, 16, (1 << 32) - 1):
+        expected = torch.zeros(c.payload_bytes(x.shape, x.dtype), dtype=torch.uint8)
+        c.encode_reference(x, expected, rng.stream_keys(words, stream))
+        assert torch.equal(c.encode(x, words, stream), expected)
 
-    x = torch.randn(300)
-    for key in ([-1, 0], [-(1 << 63), (1 << 63) - 1], [1 << 40, 1 << 33]):
-        for stream in (0, 1, 16, (1 << 32) - 1):
-            c, words = Affine(2), torch.tensor(key)
-            expected = torch.zeros(c.payload_bytes(x.shape, x.dtype), dtype=torch.uint8)
-            c.encode_reference(x, expected, rng.stream_keys(words, stream))
-            assert torch.equal(c.encode(x, words, stream), expected)
+
+def inspect(c: Codec, target: str, dtype: torch.dtype = torch.float32) -> list[Code]:
+    """The machine code of the kernels that encode and decode whole tiles."""
+    from fxcompress.kernels.triton import aot
+
+    x = torch.empty(1 << 20, dtype=dtype, device="meta")
+    key = torch.empty(2, dtype=torch.int64, device="meta")
+    with kernels.recorded(aot.warp_of(target)) as launches:
+        c.decode(c.encode(x, key, STREAM), x.shape, x.dtype, key, STREAM)
+    return [aot.compile_for(target, launch) for launch in launches]
+
+
+@compiled
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_compiled_code_reads_and_writes_once_and_wide(target: str) -> None:
+    c = Affine(2)
+    encode, decode = inspect(c, target)
+    groups, threads = (32, 256) if target == "gfx942" else (16, 128)  # of a program
+    moved = groups * (256 * 4 + c.payload_bytes([256], torch.float32))
+    assert moved <= encode.moved_bytes <= moved + 16  # the key
+    assert decode.moved_bytes == moved
+    assert encode.stack_bytes == decode.stack_bytes == 0
+    assert encode.loads[16] * 16 * threads == groups * 256 * 4
+    assert decode.stores == {16: encode.loads[16]}
+
+
+@compiled
+def test_launches_are_recorded_without_a_gpu() -> None:
+    x, key = torch.empty(5000, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
+    with kernels.recorded(32) as launches:
+        Affine(4).encode(x, key, STREAM)
+    fast, masked = launches
+    assert fast.constants["FAST"]
+    assert not masked.constants["FAST"]
+    assert fast.programs == masked.programs == 1
+    with kernels.recorded(32) as launches:
+        Affine(4).encode(torch.empty(0, device="meta"), key, STREAM)
+    assert not launches
+    assert not kernels.takes(torch.ones(8), 256)
+
+
+@pytest.mark.slow
+@compiled
+def test_no_kernel_spills_or_reads_narrowly() -> None:
+    from fxcompress.tools import bench_kernels
+
+    rows = list(bench_kernels.compiled())
+    assert {row.target for row in rows} == set(bench_kernels.TARGETS)
+    for row in rows:
+        assert row.spills == 0, row
+        assert row.tensor_access_bytes == 16, row
+        assert 1 <= row.bytes_ratio < 1.01, row

@@ -125,9 +125,10 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks from the vendor's data sheet and programming guide; rates are a unit and cycle.
+    """Peaks from the vendor's data sheet and programming guide; a unit is an SM or compute unit.
 
-    A unit is an SM or a compute unit; lanes: 32-bit results of any kind, `slow` of the kinds named.
+    lanes: instructions of any kind that a unit issues a cycle, times their threads; pipes: the same
+    of the instructions whose names start so.
     """
 
     name: str
@@ -135,34 +136,26 @@ class Device:
     units: int
     ghz: float
     lanes: int
-    slow: dict[str, int]
+    pipes: tuple[tuple[int, tuple[str, ...]], ...]
 
     def seconds(self, instructions: Counter[str], threads: int) -> float:
-        """Of a program of `threads`, by the busiest of its pipes, one unit to itself."""
-        pipes: Counter[int] = Counter()
-        for name, count in instructions.items():
-            rate = next((r for p, r in self.slow.items() if name.startswith(p)), self.lanes)
-            if rate < self.lanes:
-                pipes[rate] += count
-            pipes[self.lanes] += count
-        return max(count * threads / rate for rate, count in pipes.items()) / (self.ghz * 1e9)
+        """Of a program of `threads` that has a unit to itself, by its busiest pipe."""
+        cycles = [instructions.total() / self.lanes]
+        for lanes, names in self.pipes:
+            count = sum(n for name, n in instructions.items() if name.startswith(names))
+            cycles.append(count / lanes)
+        return max(cycles) * threads / (self.ghz * 1e9)
 
 
-_INTEGER = ("LOP3", "SHF", "IADD3", "VIADD", "LEA", "PRMT", "SEL", "SGXT", "ISETP", "IMNMX")
-_INTEGER += ("VIMNMX", "FMNMX", "FSEL", "FSETP")
+_LOGIC = (
+    *("LOP3", "SHF", "IADD3", "VIADD", "LEA", "PRMT", "SEL", "SGXT", "ISETP", "IMNMX"),
+    *("VIMNMX", "FMNMX", "FSEL", "FSETP"),
+)
+_NVIDIA = ((64, _LOGIC), (64, ("IMAD",)), (32, ("SHFL",)))
 DEVICES = {
-    "sm_80": Device(
-        "A100 SXM",
-        2039,
-        108,
-        1.41,
-        128,
-        {**dict.fromkeys(_INTEGER, 64), "F2I": 16, "I2F": 16},
-    ),
-    "sm_90": Device(
-        "H100 SXM", 3350, 132, 1.83, 128, {**dict.fromkeys(_INTEGER, 64), "F2I": 64, "I2F": 64}
-    ),
-    "gfx942": Device("MI300X", 5300, 304, 2.1, 64, {"v_mul_lo_u32": 16}),
+    "sm_80": Device("A100 SXM", 2039, 108, 1.41, 128, (*_NVIDIA, (16, ("F2I", "I2F")))),
+    "sm_90": Device("H100 SXM", 3350, 132, 1.83, 128, (*_NVIDIA, (64, ("F2I", "I2F")))),
+    "gfx942": Device("MI300X", 5300, 304, 2.1, 64, ((16, ("v_mul_lo_u32",)),)),
 }
 
 

@@ -12,7 +12,7 @@ import sys
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 from fxcompress.errors import FxCompressError
-from fxcompress.tools import bench_noise, bench_step, demo
+from fxcompress.tools import bench_kernels, bench_noise, bench_step, demo
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench_noise.add_arguments(command)
     command.set_defaults(run=bench_noise.run)
+
+    command = benches.add_parser("kernels", help="GPU kernels as compiled, CPU kernels as measured")
+    bench_kernels.add_arguments(command)
+    command.set_defaults(run=bench_kernels.run)
 
     command = commands.add_parser("version", help="print the version")
     command.set_defaults(run=_version)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ def feed(task: Task, path: Path | None, batch: int, size: int, seed: int) -> tup
 
         return next_images, images.name
     if kind == "gpt":
-        text, name = _characters(path, int(task.model.embedding.num_embeddings))  # type: ignore[union-attr]
+        embedding: Any = task.model.embedding
+        text, name = _characters(path, embedding.num_embeddings)
 
         def next_text() -> Task:
             starts = torch.randint(len(text) - size - 1, (batch,), generator=generator)

@@ -123,9 +123,10 @@ def _gpt(name: str, batch: int, size: int) -> Task:
 
 def _huggingface(name: str, batch: int, size: int) -> Task:
     try:
-        import transformers
+        import transformers as installed
     except ImportError as error:
         raise ModelError("transformers is missing: pip install 'fxcompress[hf]'") from error
+    transformers: Any = installed
     try:
         if name in transformers.CONFIG_MAPPING:
             config = transformers.AutoConfig.for_model(name)

@@ -17,12 +17,12 @@ from fxcompress.codecs.average import Average
 from fxcompress.codecs.base import Codec, ErrorModel
 from fxcompress.codecs.bits import Bits
 from fxcompress.codecs.cast import Cast
+from fxcompress.codecs.dither import Dither
 from fxcompress.codecs.frequency import Frequency
 from fxcompress.codecs.magnitude import Magnitude
 from fxcompress.codecs.mixture import Mixture
-from fxcompress.codecs.sign import Sign
-from fxcompress.codecs.dither import Dither
 from fxcompress.codecs.rotate import Rotate
+from fxcompress.codecs.sign import Sign
 from fxcompress.codecs.subsample import Subsample
 from fxcompress.codecs.transform import Transform
 from fxcompress.errors import CodecError

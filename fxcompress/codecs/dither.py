@@ -2,8 +2,8 @@
 
 Subtractive dither (Roberts, IRE Trans. IT 8(2), 1962; Schuchman, IEEE Trans. COM 12(4), 1964).
 Affine's code is q = floor(t + u), t = (x - lo)/step, u uniform in [0, 1): t + u lies anywhere in
-its cell, so q - u + 1/2 is off t by something uniform in +-1/2 whatever t is. As t <= L = 2^bits - 1,
-no code clips. In fp32, u from the hash that affine adds, its upper 15 bits:
+its cell, so q - u + 1/2 is off t by something uniform in +-1/2 whatever t is. No code clips, as
+t <= 2^bits - 1. In fp32, u from the hash that affine adds, its upper 15 bits:
 
     d  = 2^15 - 1 - 2*(hash >> 17)                      (1/2 - u) * 2^16, |d| < 2^15
     x' = clamp((lo + q*step) + d*(step * 2^-16), finite range of dtype)
@@ -33,7 +33,7 @@ from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys
 from fxcompress.codecs.payload import carve
 from fxcompress.codecs.planar import code_bytes, group_chunks, unpack
 from fxcompress.errors import CodecError
-from fxcompress.kernels import cpu
+from fxcompress.kernels import cpu, triton
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,12 @@ class Dither(Codec):
         return self._affine.encode_kernel(x, payload, key, stream)
 
     def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+        if key is not None and triton.takes(x, self.group):
+            from fxcompress.kernels.triton import dither as gpu
+
+            sections = self._carve(payload, x.numel())
+            triton.run(gpu.decode(sections, x, self.bits, self.group, key, stream))
+            return True
         if x.device.type != "cpu" or not cpu.available():
             return False
         assert key is not None

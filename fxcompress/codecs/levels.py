@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 UNIT = 1 << 10  # thresholds count in 1/UNIT standard deviations
 LARGEST = 127
@@ -43,7 +44,7 @@ def levels(bits: int) -> Levels:
     found = _lloyd(1 << (bits - 1))
     unit = found[-1] / LARGEST
     integers = [round(level / unit) for level in found]
-    steps = [(low + high) / 2 * unit * UNIT for low, high in zip(integers, integers[1:])]
+    steps = [(low + high) / 2 * unit * UNIT for low, high in pairwise(integers)]
     thresholds = [round(step) for step in steps]
     return Levels(tuple(integers), tuple(thresholds), _distortion(integers, thresholds))
 
@@ -53,16 +54,16 @@ def _lloyd(count: int) -> list[float]:
     found = [3 * (k + 0.5) / count for k in range(count)]
     moved = 1.0
     while moved > 1e-12:
-        edges = [0.0, *((low + high) / 2 for low, high in zip(found, found[1:])), math.inf]
-        means = [_moment(a, b) / _mass(a, b) for a, b in zip(edges, edges[1:])]
-        moved = max(abs(new - old) for new, old in zip(means, found))
+        edges = [0.0, *((low + high) / 2 for low, high in pairwise(found)), math.inf]
+        means = [_moment(a, b) / _mass(a, b) for a, b in pairwise(edges)]
+        moved = max(abs(new - old) for new, old in zip(means, found, strict=True))
         found = means
     return found
 
 
 def _distortion(integers: list[int], thresholds: list[int]) -> float:
     edges = [0.0, *(threshold / UNIT for threshold in thresholds), math.inf]
-    cells = list(zip(integers, edges, edges[1:]))
+    cells = [(level, a, b) for level, (a, b) in zip(integers, pairwise(edges), strict=True)]
     covariance = sum(level * _moment(a, b) for level, a, b in cells)
     energy = sum(level**2 * _mass(a, b) for level, a, b in cells)
     return 1 - 2 * covariance**2 / energy

@@ -1,4 +1,4 @@
-"""rotate: random signs and Walsh-Hadamard, twice, Lloyd-Max levels of the normal, one scale a group.
+"""rotate: random signs and Walsh-Hadamard, twice; levels of the normal; one scale a group.
 
 A random rotation makes every group look normal, so that one table of levels suits all data; the
 scale then makes it unbiased, or least in square (EDEN, Vargaftik et al., ICML 2022, arXiv
@@ -50,7 +50,7 @@ from fxcompress.codecs.levels import levels
 from fxcompress.codecs.payload import Section, carve, section_bytes
 from fxcompress.codecs.planar import group_chunks, pack, unpack
 from fxcompress.errors import CodecError
-from fxcompress.kernels import cpu
+from fxcompress.kernels import cpu, triton
 
 _BF16 = torch.bfloat16
 _NAN = 0x7FC0  # of bf16
@@ -93,6 +93,13 @@ class Rotate(Codec):
         return section_bytes(*self._sections(math.prod(shape)))
 
     def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
+        if key is not None and triton.takes(x, self.group):
+            from fxcompress.kernels.triton import rotate as gpu
+
+            parts = carve(payload, *self._sections(x.numel()))
+            eden, found = self.scale == "eden", levels(self.bits)
+            triton.run(gpu.encode(x, parts, found, self.bits, self.group, eden, key, stream))
+            return True
         if x.device.type != "cpu" or not cpu.available():
             return False
         assert key is not None
@@ -102,6 +109,12 @@ class Rotate(Codec):
         return True
 
     def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+        if key is not None and triton.takes(x, self.group):
+            from fxcompress.kernels.triton import rotate as gpu
+
+            parts, found = carve(payload, *self._sections(x.numel())), levels(self.bits)
+            triton.run(gpu.decode(parts, x, found, self.bits, self.group, key, stream))
+            return True
         if x.device.type != "cpu" or not cpu.available():
             return False
         assert key is not None
@@ -187,7 +200,7 @@ def padded(size: int) -> int:
 
 
 def centre(values: Tensor, subtract: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(v*f - mean*f, bf16 mean, 1/f) of fp32[rows, size]; 1/f is NaN where a value is NaN or Inf."""
+    """(v*f - mean*f, bf16 mean, 1/f) of fp32[rows, size]; 1/f NaN where a value is not finite."""
     field = _exponent(values)
     finite, field = field < 255, field.clamp(1, 253)
     values = torch.where(finite[:, None], values, 0.0)

@@ -11,11 +11,13 @@ import hashlib
 import io
 import os
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,29 +25,31 @@ from fxcompress import torch_private
 from fxcompress.errors import CodecError
 
 State = Mapping[str, Tensor]
+Arrays = dict[str, npt.NDArray[Any]]
 
 LARGEST_FILE = 256 << 20  # bytes; a basis of 4096 channels in blocks of 64 takes 1 MB
 
-_states: dict[str, dict[str, Tensor]] = {}
+_states: dict[str, Arrays] = {}
 _on_device: dict[tuple[str, torch.device], dict[str, Tensor]] = {}
 
 
 def put(state: State) -> str:
     """Keep a state of CPU tensors; the name under which :func:`get` finds it."""
-    name = _name(state)
+    arrays = {k: v.detach().contiguous().numpy().copy() for k, v in state.items()}
+    name = _name(arrays)
     if name not in _states:
-        _states[name] = {k: v.contiguous().clone() for k, v in state.items()}
+        _states[name] = arrays
         path = _path(name)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(dump(state))
+                file.write(dump(name))
             os.replace(file.name, path)
     return name
 
 
-def get(name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The state of that name, on a device.
+def arrays(name: str) -> Arrays:
+    """The state of that name as NumPy arrays, which no tracer sees.
 
     Raises:
         CodecError: it is neither in memory nor on disk.
@@ -58,46 +62,51 @@ def get(name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
                 f"the calibrated state {name!r} is missing from {_path(name).parent}: calibrate "
                 "the model again, or load the calibration that was saved with it"
             ) from None
-        found = load(content)
+        found = _load(content)
         if _name(found) != name:
             raise CodecError(f"{_path(name)} is damaged: delete it and calibrate again")
         _states[name] = found
-    device = torch.device(device)
-    if device.type == "cpu":
-        return _states[name]
+    return _states[name]
+
+
+def get(name: str, device: torch.device) -> dict[str, Tensor]:
+    """The state of that name as tensors on a device. Raises as :func:`arrays`."""
     key = (name, device)
     if key not in _on_device:
-        _on_device[key] = {k: v.to(device) for k, v in _states[name].items()}
+        _on_device[key] = {k: torch.from_numpy(v).to(device) for k, v in arrays(name).items()}
     return _on_device[key]
 
 
-def dump(state: State) -> bytes:
-    """A state as bytes."""
+def dump(name: str) -> bytes:
+    """A state as bytes, for :func:`restore`."""
     buffer = io.BytesIO()
-    arrays: dict[str, Any] = {k: state[k].detach().cpu().numpy() for k in sorted(state)}
-    np.savez(buffer, **arrays)
+    np.savez(buffer, **arrays(name))  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
-def load(content: bytes) -> dict[str, Tensor]:
-    """The inverse of :func:`dump`.
+def restore(content: bytes) -> str:
+    """Keep a state that :func:`dump` wrote; its name.
 
     Raises:
         CodecError: not such bytes.
     """
+    return put({k: torch.from_numpy(v) for k, v in _load(content).items()})
+
+
+def _load(content: bytes) -> Arrays:
     if len(content) > LARGEST_FILE:
         raise CodecError("a calibrated state is larger than any of ours")
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return {k: torch.from_numpy(arrays[k]) for k in arrays.files}
-    except (ValueError, OSError, EOFError) as error:
+        with np.load(io.BytesIO(content), allow_pickle=False) as found:
+            return {k: found[k] for k in found.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise CodecError(f"not a calibrated state: {error}") from error
 
 
-def _name(state: State) -> str:
+def _name(found: Arrays) -> str:
     digest = hashlib.sha256()
-    for key in sorted(state):
-        array = state[key].detach().cpu().contiguous().numpy()
+    for key in sorted(found):
+        array = np.ascontiguousarray(found[key])
         digest.update(f"{key} {array.dtype} {array.shape} ".encode() + array.tobytes())
     return digest.hexdigest()[:16]
 

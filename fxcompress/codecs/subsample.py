@@ -2,11 +2,11 @@
 
 Of every k = 1/rate consecutive elements one is drawn, multiplied by k and coded by `rotate` at one
 bit, 256 drawn ones a group; the decoder draws the same, so that no position is stored, and the
-others decode to the mean of the group's span of 256*k elements. Subtracting it first takes its share
-out of the sampling noise. With `rotate`'s integers and formulas (n = 256 and, at the end, padded):
+others decode to the mean of the group's span of 256*k elements. Subtracted first, it adds nothing
+to the noise of sampling. With the formulas of `rotate` (n = 256 and, at the end, padded):
 
     mean   = of the span, to bf16; c = x - mean; zeros where the last block is short
-    drawn  = c at offset hash'(j) >> (32 - log2 k) of block j; hash' has the two keys exchanged
+    drawn  = c at offset (hash'(j)*k) >> 32 of block j; hash' has the two keys exchanged
     x'     = mean, plus k * rotated(drawn) at the offset; clamped to the finite range of dtype
 
 A component that a smaller codec would drop is kept at random instead: its mean survives training.
@@ -53,7 +53,9 @@ class Subsample(Codec):
 
     def __post_init__(self) -> None:
         if self.rate not in _RATES:
-            raise CodecError(f"{self}: rate must be 0.5, 0.25, 0.125 or 0.0625; use rotate(bits=1) for 1")
+            raise CodecError(
+                f"{self}: rate must be 0.5, 0.25, 0.125 or 0.0625; use rotate(bits=1) for 1"
+            )
 
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         return section_bytes(*self._sections(math.prod(shape)))

@@ -4,7 +4,7 @@ Saved tensors are strongly correlated: over space, and over channels. For a tens
 and channels c (storage order, the channel axis given):
 
     y    = x - mean[c]                                       calibrated means
-    y    = blockwise Walsh-Hadamard of y over space          blocks of the state's sides, orthonormal
+    y    = blockwise Walsh-Hadamard of y over space          the state's sides, orthonormal
     z    = analysis @ y, in blocks of (64) channels          calibrated, one small matrix product
     band = (spatial frequency, channel coefficient); each band has a rate from the state
 
@@ -14,9 +14,9 @@ band at rate 0 is dropped and decodes to the mean: the one biased choice. Then e
 `x' = synthesis @ z' ...`, synthesis the inverse of analysis.
 
 Rates come from reverse water-filling (fxcompress/fit.py) of band energies weighted by how strongly
-the gradient reads each band. DIVISION and averaging are special cases: the spatial mean kept at many
-bits and the rest at few, or dropped. Classic theory: Goyal, "Theoretical foundations of transform
-coding", IEEE Signal Processing Magazine 18(5), 2001.
+the gradient reads each band. DIVISION and averaging are special cases: the spatial mean kept at
+many bits and the rest at few, or dropped. Classic theory: Goyal, "Theoretical foundations of
+transform coding", IEEE Signal Processing Magazine 18(5), 2001.
 
 payload = the payloads of the rates, from the highest to the lowest, each padded to 4 bytes
 bytes   = sum of theirs: bands(rate) * positions elements each
@@ -34,6 +34,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -42,6 +44,8 @@ from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys, channel_axis
 from fxcompress.codecs.dither import Dither
 from fxcompress.codecs.rotate import Rotate
 from fxcompress.codecs.subsample import Subsample
+
+Bands = npt.NDArray[np.int64]
 
 # Bits a coefficient, in the order of their numbers in a state's `rates`.
 RATES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
@@ -71,7 +75,7 @@ class Transform(Codec):
 
     @property
     def unbiased(self) -> bool:
-        return 0 not in states.get(self.rates)["rates"]
+        return bool(states.arrays(self.rates)["rates"].all())
 
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         positions = math.prod(shape) // self._bands()
@@ -101,7 +105,7 @@ class Transform(Codec):
             size = codec.payload_bytes(shape, torch.float32)
             part = payload[at : at + size]
             decoded = codec.decode(part, shape, torch.float32, key, _stream(stream, number))
-            z[bands.to(z.device)] = decoded
+            z[torch.from_numpy(bands).to(z.device)] = decoded
             at += (size + 3) // 4 * 4
         limit = torch.finfo(x.dtype).max
         x.copy_(self.backward(z, x.shape).clamp_(-limit, limit))
@@ -179,24 +183,30 @@ class Transform(Codec):
         return _join(y, positions, sides).movedim(-1, axis)
 
     def _sides(self) -> list[int]:
-        sides: list[int] = states.get(self.basis)["sides"].tolist()
+        sides: list[int] = states.arrays(self.basis)["sides"].tolist()
         return sides
 
     def _bands(self) -> int:
-        return len(states.get(self.rates)["rates"])
+        return len(states.arrays(self.rates)["rates"])
 
-    def _classes(self) -> Iterator[tuple[int, Codec, Tensor]]:
+    def _classes(self) -> Iterator[tuple[int, Codec, Bands]]:
         """(number, codec, bands) of each rate in use, from the highest."""
-        rates, order = states.get(self.rates)["rates"], states.get(self.basis)["order"].long()
-        for number in range(len(RATES) - 1, 0, -1):
-            bands = order[rates[order] == number]
+        for number, bands in _by_rate(self.basis, self.rates):
             codec = coder(RATES[number])
-            if len(bands) and codec is not None:
+            if codec is not None:
                 yield number, codec, bands
 
 
-def _select(z: Tensor, bands: Tensor) -> Tensor:
-    return z.index_select(0, bands.to(z.device))
+@cache
+def _by_rate(basis: str, rates: str) -> tuple[tuple[int, Bands], ...]:
+    """Bands of each rate in use, from the highest rate; in each, from the most energy."""
+    numbers, order = states.arrays(rates)["rates"], states.arrays(basis)["order"].astype(np.int64)
+    found = ((n, order[numbers[order] == n]) for n in range(len(RATES) - 1, -1, -1))
+    return tuple((n, bands) for n, bands in found if len(bands))
+
+
+def _select(z: Tensor, bands: Bands) -> Tensor:
+    return z.index_select(0, torch.from_numpy(bands).to(z.device))
 
 
 def _stream(stream: int, number: int) -> int:

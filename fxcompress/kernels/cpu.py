@@ -17,7 +17,8 @@ _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Below this many elements (about 20 us of work), waking other threads costs more than it saves.
 _PARALLEL = 1 << 16
 
-_SOURCES = ("common", "affine", "bits", "dither", "rotate", "subsample")  # one translation unit, in this order
+# One translation unit, in this order.
+_SOURCES = ("common", "affine", "bits", "dither", "rotate", "subsample")
 
 _pointer, _i64, _int, _u32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32
 _ARGUMENTS = {

@@ -1,4 +1,7 @@
 // Kernels of codecs/rotate.py; subsample.cpp uses the parts that work on one group.
+// Measured on one Zen 4 core, 64 MB of fp32, 2 bits: encode 21 ms, decode 13 ms into memory in use
+// and 39 ms into fresh memory, where a clone takes 31. Of 256 elements the two transforms take 90 of
+// encode's 210 ns in int32, and 75 of decode's 130, where the first one is in int16.
 
 #include <utility>
 
@@ -15,12 +18,12 @@ inline i64 padded(i64 size) {
 
 inline float power(u32 exponent) { return bit_cast<float>(exponent << 23); }
 
-// ---- Walsh-Hadamard in place: the first log2(lanes) stages inside vectors, the others across ----
+// ---- Walsh-Hadamard in place: the first stages inside vectors, the others across ----
 
 template <class T>
 struct Vector {  // 32 bytes: one AVX2 or two NEON registers; 64 were slower on Zen 4
     static constexpr int lanes = 32 / sizeof(T);
-    typedef T type __attribute__((vector_size(32)));
+    typedef T type __attribute__((vector_size(32), may_alias));
 };
 
 template <class T, int h, int... k>
@@ -35,7 +38,7 @@ inline typename Vector<T>::type transform_lanes(typename Vector<T>::type v,
     }
 }
 
-template <class V>  // two stages at once: a quarter of the loads and stores of four
+template <class V>  // two stages for the loads and stores of one
 inline void butterfly_four(V* v, i64 h, V a, V b, V c, V d) {
     const V e = a + b, f = a - b, g = c + d, i = c - d;
     v[0] = e + g;
@@ -180,10 +183,12 @@ inline Sums find_levels(const int32_t* __restrict w, float r, const Levels<bits>
     return {tt, tq, qq};
 }
 
-// Codes of one group of hash words `word`..., padded, from what `centre` left; returns the bits of its bf16 scale.
+// Codes of one group, padded, from what `centre` left; returns its scale, times `gain`, as bf16.
+// word: the index of the group's first hash; group: its number. Not inlined: for compile time.
 template <int bits>
-__attribute__((noinline)) u16 quantise(const float* c, i64 size, float unit, const Levels<bits>& table, bool eden, float gain,
-             u32 word, u32 group, Keys keys, u8* codes) {
+__attribute__((noinline)) u16 quantise(const float* c, i64 size, float unit,
+                                       const Levels<bits>& table, bool eden, float gain, u32 word,
+                                       u32 group, Keys keys, u8* codes) {
     const i64 n = padded(size);
     std::memset(codes, 0, n);
     if (!(unit == unit)) return 0x7fc0;
@@ -212,8 +217,8 @@ __attribute__((noinline)) u16 quantise(const float* c, i64 size, float unit, con
 
 // H(b H q) of the levels q of n codes.
 template <int bits>
-__attribute__((noinline)) void dequantise(const u8* __restrict codes, const Levels<bits> table, i64 n, u32 word,
-                       Keys keys, int32_t* __restrict h) {
+__attribute__((noinline)) void dequantise(const u8* __restrict codes, const Levels<bits> table,
+                                          i64 n, u32 word, Keys keys, int32_t* __restrict h) {
     constexpr int count = Levels<bits>::count;
     alignas(32) int16_t q[most];
     u8 steps[count];
@@ -272,13 +277,17 @@ inline void store_group(const int32_t* h, typename Type::Stored* out, i64 size, 
 
 // ---- the tensor ----
 
-// A fresh output faults at every page. Taken in the midst of a group, faults cost more than alone:
-// decode took 44 ms instead of 39 for 64 MB (Zen 4, where a clone takes 31). So, a block ahead.
-constexpr i64 touched = 1 << 14;  // elements of a block, a multiple of every group
-
-template <class T>
-inline void touch_pages(T* x, i64 size) {
-    for (i64 i = 0; i < size; i += 4096 / i64(sizeof(T))) const_cast<volatile T*>(x)[i] = 0;
+// As for_groups, over an output: a fresh one faults at every page, and in the midst of a group's
+// work faults cost more than by themselves. With a block of pages touched ahead, decode at 2 bits
+// took 39 instead of 44 ms for 64 MB, and a clone 31 (one Zen 4 core).
+template <class T, class Body>
+inline void for_output_groups(T* x, i64 numel, i64 group, int threads, Body body) {
+    constexpr i64 block = 1 << 14, page = 4096 / sizeof(T);  // a multiple of every group
+    for_groups(numel, block, threads, [=](i64 first, i64 size, u8* codes) {
+        for (i64 i = first; i < first + size; i += page) const_cast<volatile T*>(x)[i] = 0;
+        for (i64 start = first; start < first + size; start += group)
+            body(start, numel - start < group ? numel - start : group, codes);
+    });
 }
 
 template <int bits>
@@ -303,8 +312,8 @@ void encode_rotate(const typename Type::Stored* x, u8* payload, const int32_t* l
         for (i64 i = 0; i < size; i++) c[i] = Type::load(x[start + i]);
         const Centre found = centre(c, size, centred);
         const i64 g = start / group;
-        sections.scales[g] =
-            quantise<bits>(c, size, found.unit, table, eden, 1.0f, u32(start / 32), u32(g), keys, codes);
+        sections.scales[g] = quantise<bits>(c, size, found.unit, table, eden, 1.0f,
+                                            u32(start / 32), u32(g), keys, codes);
         if (centred) sections.means[g] = u16(bit_cast<u32>(found.mean) >> 16);
         pack<bits>(codes, payload + start / 8 * bits, padded(size));
     });
@@ -315,18 +324,15 @@ void decode_rotate(const u8* payload, typename Type::Stored* x, const int32_t* l
                    i64 group, bool centred, Keys keys, int threads) {
     const Levels<bits> table(levels);
     const Sections<bits> sections(const_cast<u8*>(payload), numel, group);
-    for_groups(numel, touched, threads, [=](i64 first, i64 count, u8* codes) {
-        touch_pages(x + first, count);
-        for (i64 start = first; start < first + count; start += group) {
-            const i64 size = numel - start < group ? numel - start : group, g = start / group;
-            const u32 word = u32(start / 32);
-            alignas(32) int32_t h[most];
-            unpack<bits>(payload + start / 8 * bits, codes, padded(size));
-            dequantise<bits>(codes, table, padded(size), word, keys, h);
-            const float mean = centred ? BF16::load(sections.means[g]) : 0.0f;
-            const float scale = BF16::load(sections.scales[g]);
-            store_group<Type>(h, x + start, size, mean, scale, word, keys);
-        }
+    for_output_groups(x, numel, group, threads, [=](i64 start, i64 size, u8* codes) {
+        alignas(32) int32_t h[most];
+        const i64 g = start / group;
+        const u32 word = u32(start / 32);
+        unpack<bits>(payload + start / 8 * bits, codes, padded(size));
+        dequantise<bits>(codes, table, padded(size), word, keys, h);
+        const float mean = centred ? BF16::load(sections.means[g]) : 0.0f;
+        const float scale = BF16::load(sections.scales[g]);
+        store_group<Type>(h, x + start, size, mean, scale, word, keys);
     });
 }
 

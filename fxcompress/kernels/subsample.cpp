@@ -42,7 +42,7 @@ void decode_subsample(const u8* payload, typename Type::Stored* x, const int32_t
                       i64 numel, i64 block, Keys keys, int threads) {
     const Levels<1> table(levels);
     const Sections<1> sections(const_cast<u8*>(payload), (numel + block - 1) / block, drawn_group);
-    for_groups(numel, drawn_group * block, threads, [=](i64 start, i64 size, u8* codes) {
+    for_output_groups(x, numel, drawn_group * block, threads, [=](i64 start, i64 size, u8* codes) {
         alignas(32) int32_t h[most];
         u32 offsets[drawn_group];
         typename Type::Stored drawn[drawn_group];

@@ -62,7 +62,7 @@ def quantize(x, lo, r, regular, index, k_a, k_b, BITS: tl.constexpr):
 def encode_kernel(
     x,
     codes,
-    scales,
+    steps,
     minima,
     key,
     numel,
@@ -98,17 +98,26 @@ def encode_kernel(
     coded = coded_mask(size, eighth, WIDTH, FAST)
     store_codes(codes + start // 8 * BITS, drawn, eighth, coded, GROUP, BITS)
     groups = start // GROUP + tl.arange(0, ROWS)[:, None]
-    tl.store(scales + groups, (step.to(tl.int32, bitcast=True) >> 16).to(tl.int16), size > 0)
+    tl.store(steps + groups, (step.to(tl.int32, bitcast=True) >> 16).to(tl.int16), size > 0)
     tl.store(minima + groups, (lo.to(tl.int32, bitcast=True) >> 16).to(tl.int16), size > 0)
     if not FAST:  # where the codes end at an odd byte, all programs clear the one after it
         end = (numel.to(tl.int64) + 7) // 8 * BITS
         tl.store(codes + end, (end * 0).to(tl.uint8), end % 2 == 1)
 
 
+@triton.jit
+def load_grid(steps, minima, first, size):
+    """(step, lo) of the groups of a tile, the first of which is `first`."""
+    groups = first + tl.arange(0, size.shape[0])[:, None]
+    step = tl.load(steps + groups, size > 0, other=0).to(tl.int32) << 16
+    lo = tl.load(minima + groups, size > 0, other=0).to(tl.int32) << 16
+    return step.to(tl.float32, bitcast=True), lo.to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["numel", "first"])
 def decode_kernel(
     codes,
-    scales,
+    steps,
     minima,
     x,
     numel,
@@ -126,10 +135,7 @@ def decode_kernel(
     offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
     coded = coded_mask(size, eighth, WIDTH, FAST)
     lanes = load_codes(codes + start // 8 * BITS, eighth, coded, GROUP, BITS)
-    groups = start // GROUP + tl.arange(0, ROWS)[:, None]
-    step = tl.load(scales + groups, size > 0, other=0).to(tl.int32) << 16
-    lo = tl.load(minima + groups, size > 0, other=0).to(tl.int32) << 16
-    step, lo = step.to(tl.float32, bitcast=True), lo.to(tl.float32, bitcast=True)
+    step, lo = load_grid(steps, minima, start // GROUP, size)
     for lane in tl.static_range(8):
         value = lo + lanes[lane].to(tl.float32) * step
         store_float(x + start + offsets[lane], value, inside[lane], LIMIT)

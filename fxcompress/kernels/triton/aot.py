@@ -80,7 +80,7 @@ def compile_for(target: str, launch: Launch) -> Code:
     compiled = triton.compile(
         ASTSource(launch.kernel, signature, launch.constants, aligned),
         target=device,
-        options={"num_warps": launch.warps},
+        options=launch.options,
     )
     moved = sum(map(_accessed, _ACCESS.findall(compiled.asm["ttir"])))
     if device.backend == "cuda":

@@ -262,11 +262,15 @@ def decode_kernel(
     lanes = load_codes(codes + start // 8 * BITS, eighth, coded, GROUP, BITS)
     q = [tl.where(coded, signed_level(code, LEVELS), 0) for code in lanes]
     w = sign_lanes(hadamard(q, WIDTH), offsets, word + (1 << 30), coded, k_a, k_b)
-    w = sign_lanes(hadamard(w, WIDTH), offsets, word, coded, k_a, k_b)
+    w = hadamard(w, WIDTH)
+    if CENTRED:
+        mean = tl.load(means + groups, size > 0, other=0).to(tl.float32)
     for lane in tl.static_range(8):
-        value = w[lane].to(tl.float32) * scale
+        # The sign last, as in the reference: it shows where w is 0.
+        sign = signs(offsets[lane], word, k_a, k_b).to(tl.float32)
+        value = w[lane].to(tl.float32) * scale * sign
         if CENTRED:
-            value += tl.load(means + groups, size > 0, other=0).to(tl.float32)
+            value += mean
         store_float(x + start + offsets[lane], value, inside[lane], LIMIT)
 
 
@@ -308,7 +312,7 @@ def decode(
     key: Tensor,
     stream: int,
 ) -> list[Launch]:
-    """What fills a contiguous x from the payload's sections. No product may fuse with a sum."""
+    """What fills a contiguous x from the payload's sections."""
     codes, scales, *means = sections
     given = (codes, scales.view(torch.int16), (means or [scales])[0], x, key, x.numel())
     return [
