@@ -1,0 +1,120 @@
+"""Page: a plan as one HTML file that needs no network: graph, table, memory, ladder of noise."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+from fxcompress.plan import Plan, TensorPlan
+from fxcompress.tools.dump import readers, share
+from fxcompress.tools.viz_tree import (
+    KINDS,
+    Module,
+    kind_of,
+    module_tree,
+    readable_depth,
+    tensor_kind,
+)
+
+_SCRIPTS = ("viz_data.js", "viz_rows.js", "viz_panels.js", "viz_main.js")  # in this order
+
+
+def page(plan: Plan, title: str, depth: int | None = None) -> str:
+    """The whole file as text.
+
+    Args:
+        plan: what to show.
+        title: name of the model or file.
+        depth: of modules in the first view; None: as deep as stays readable.
+    """
+    data = json.dumps(payload(plan, title, depth), separators=(",", ":"))
+    folder = files("fxcompress.tools")
+    parts = {
+        "STYLE": folder.joinpath("viz.css").read_text("utf-8"),
+        "DATA": data.replace("<", "\\u003c"),  # no "</script>" of a module's name ends the script
+        "SCRIPT": "\n".join(folder.joinpath(name).read_text("utf-8") for name in _SCRIPTS),
+    }
+    whole = folder.joinpath("viz.html").read_text("utf-8")
+    for name, text in parts.items():
+        before, _, after = whole.partition(f"/*{name}*/")
+        whole = before + text + after
+    return whole
+
+
+def payload(plan: Plan, title: str, depth: int | None = None) -> dict[str, Any]:
+    """What the page's scripts read; see viz_data.js."""
+    root = module_tree(plan)
+    specs: dict[str, int] = {}
+    tensors = [_tensor(t, plan.predicted_variance, specs) for t in plan.tensors]
+    return {
+        "title": title,
+        "depth": readable_depth(root) if depth is None else depth,
+        "plan": {
+            "policy": plan.policy,
+            "budget_mb": plan.budget_mb,
+            "before": plan.saved_bytes_before,
+            "after": plan.saved_bytes,
+            "plain_peak": plan.plain_peak_bytes,
+            "planned_peak": plan.planned_peak_bytes,
+            "variance": plan.predicted_variance,
+            "calibrated": plan.calibrated,
+            "graphs": plan.graphs,
+            "note": plan.note,
+        },
+        "kinds": {name: [kind.colour, kind.meaning] for name, kind in KINDS.items()},
+        "specs": list(specs),
+        "tensors": tensors,
+        "tree": _module(root),
+        "timeline": {
+            "nodes": [m.node for m in plan.timeline],
+            "forward": sum(m.phase == "forward" for m in plan.timeline),
+            "plain": [m.plain_bytes for m in plan.timeline],
+            "planned": [m.planned_bytes for m in plan.timeline],
+        },
+    }
+
+
+def _tensor(tensor: TensorPlan, whole_variance: float, specs: dict[str, int]) -> dict[str, Any]:
+    def bits(size: int) -> float:
+        return 8 * size / max(tensor.numel, 1)
+
+    alternatives = [
+        [
+            specs.setdefault(a.representation, len(specs)),
+            a.bytes,
+            a.noise,
+            kind_of(a.representation, bits(a.bytes)),
+        ]
+        for a in tensor.alternatives
+    ]
+    return {
+        "name": tensor.name,
+        "module": tensor.module,
+        "source": tensor.source,
+        "op": tensor.op,
+        "shape": "×".join(map(str, tensor.shape)) or "scalar",
+        "dtype": tensor.dtype.removeprefix("torch."),
+        "before": tensor.storage_bytes,
+        "after": tensor.bytes_after,
+        "readers": readers(tensor),
+        "masked": bool(tensor.exact_readers),
+        "recompute": list(tensor.recompute),
+        "rep": tensor.representation,
+        "kind": tensor_kind(tensor),
+        "numel": tensor.numel,
+        "variance": tensor.predicted_variance,
+        "share": share(tensor.predicted_variance, whole_variance),
+        "reason": tensor.reason,
+        "alts": alternatives,
+    }
+
+
+def _module(module: Module) -> dict[str, Any]:
+    return {
+        "path": module.path,
+        "label": module.label,
+        "tensors": module.tensors,
+        "children": [_module(child) for child in module.children],
+        "members": [_module(member) for member in module.members],
+    }
