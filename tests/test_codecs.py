@@ -41,6 +41,19 @@ SPECS = [
     "magnitude(levels=16,bucket=64,norm=l2,meta=fp32)",
     "sign(scale=one)",
     "sign(scale=mean)",
+    "rotate(bits=1)",
+    "rotate(bits=2,group=128)",
+    "rotate(bits=5,group=512)",
+    "rotate(bits=3,mean=none)",
+    "rotate(bits=2,scale=lsq)",
+    "rotate(bits=1,group=512,scale=lsq,mean=none)",
+    "dither(bits=1)",
+    "dither(bits=4,group=64)",
+    "dither(bits=8)",
+    "subsample(rate=0.5)",
+    "subsample(rate=0.25)",
+    "subsample(rate=0.125)",
+    "subsample(rate=0.0625)",
 ]
 FLOAT_SPECS = [spec for spec in SPECS if codec(spec).dtypes[0].is_floating_point]
 NOWHERE_FOR_NAN = {"sign(scale=one)"}
