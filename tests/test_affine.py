@@ -7,14 +7,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from codec_checks import FLOATS, float_types, round_trip, shapes, step_key
+from codec_checks import (
+    FLOATS,
+    awkward,
+    float_types,
+    references,
+    round_trip,
+    same_bits,
+    same_numbers,
+    shapes,
+    step_key,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_grid import groups, scale_ids
-from torch import Tensor
 
-from fxcompress import rng
-from fxcompress.codecs import Affine, Codec, Magnitude, codec, sharing
+from fxcompress.codecs import Affine, Magnitude, codec, sharing
 from fxcompress.codecs.payload import carve
 from fxcompress.errors import CodecError
 from fxcompress.kernels import cpu
@@ -39,46 +47,6 @@ symmetric = st.builds(
     scale=st.sampled_from(("max", "percentile")),
     percentile=st.sampled_from((50.0, 99.0, 99.999, 100.0)),
 )
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def same_numbers(a: Tensor, b: Tensor) -> bool:
-    """Same bits, except that one NaN is as good as another (ATen's casts disagree on which)."""
-    return torch.equal(a.isnan(), b.isnan()) and same_bits(
-        a.masked_fill(a.isnan(), 0), b.masked_fill(b.isnan(), 0)
-    )
-
-
-def references(c: Codec, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(payload, decoded) of the reference, whatever kernels there are."""
-    payload = torch.zeros(c.payload_bytes(x.shape, x.dtype), dtype=torch.uint8)
-    keys = rng.stream_keys(step_key(), 3)
-    c.encode_reference(x, payload, keys)
-    decoded = torch.empty_like(x)
-    c.decode_reference(payload, decoded, keys)
-    return payload, decoded
-
-
-def awkward(size: int, dtype: torch.dtype) -> Tensor:
-    """Groups of 256 of every awkward kind, in turn: values over the whole range of `dtype`."""
-    generator = torch.Generator().manual_seed(size)
-    x = torch.randn(size, generator=generator)
-    kinds = torch.arange(size) // 256 % 10
-    largest, tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
-    x = torch.where(kinds == 1, 0.1, x)  # constant, not a bf16 number
-    x = torch.where(kinds == 2, -0.0, x)
-    x = torch.where(kinds == 3, x * tiny / 100, x)  # denormal
-    x = torch.where(kinds == 4, x * largest / 20, x)  # huge
-    x = torch.where(kinds == 5, x.sign() * largest, x)  # the grid itself overflows fp32
-    x = torch.where(kinds == 6, x.clamp(min=0), x)
-    x = x.to(dtype)
-    x[(kinds == 7) & (torch.arange(size) % 256 == 100)] = math.nan
-    x[(kinds == 8) & (torch.arange(size) % 256 == 0)] = -math.inf
-    x[(kinds == 9) & (torch.arange(size) % 256 == 255)] = math.inf
-    return x
 
 
 # ---- values ----

@@ -31,6 +31,7 @@ payload = codes (planar) | scale bf16[groups] | mean bf16[groups]
 bytes   = (whole groups*group + n of the last)/8*bits + (4, without mean 2)*groups
 error   = variance |x - mean|^2/n * D/(1-D), bias 0                 eden; D: `levels` distortion
           variance |x - mean|^2/n * D*(1-D), bias -D*(x - mean)     lsq
+          that of many coordinates: up to 3 % less in groups of 128, 13 % in a last one of 32
 """
 
 from __future__ import annotations

@@ -330,7 +330,7 @@ void decode_rotate(const u8* payload, typename Type::Stored* x, const int32_t* l
         const u32 word = u32(start / 32);
         unpack<bits>(payload + start / 8 * bits, codes, padded(size));
         dequantise<bits>(codes, table, padded(size), word, keys, h);
-        const float mean = centred ? BF16::load(sections.means[g]) : 0.0f;
+        const float mean = centred ? BF16::load(sections.means[g]) : -0.0f;  // keeps a zero's sign
         const float scale = BF16::load(sections.scales[g]);
         store_group<Type>(h, x + start, size, mean, scale, word, keys);
     });
