@@ -108,6 +108,8 @@ class Plan:
         graphs: how many compiled graphs the plan covers.
         calibrated: variances were measured on this model, not guessed.
         timeline: the modelled memory of the step, thinned out to some hundred moments.
+        measured_saved_bytes, measured_peak_bytes: what a compiled step took, where one was run to
+            see (`fxcompress plan --measure`).
     """
 
     policy: str
@@ -119,6 +121,8 @@ class Plan:
     graphs: int = 1
     calibrated: bool = False
     timeline: tuple[Moment, ...] = ()
+    measured_saved_bytes: int | None = None
+    measured_peak_bytes: int | None = None
 
     @property
     def predicted_variance(self) -> float:

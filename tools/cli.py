@@ -6,13 +6,19 @@ import argparse
 import importlib.metadata
 import os
 import sys
+from typing import Any
 
 # Kineto, which counts allocations for us, logs to the terminal by default. It reads this when
 # PyTorch is imported, so it stands above every import of ours.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 from fxcompress.errors import FxCompressError
-from fxcompress.tools import bench_kernels, bench_noise, bench_step, demo
+from fxcompress.tools import bench_kernels, bench_noise, bench_step, demo, dump, plan_command
+
+EPILOG = """\
+exit codes: 0 done, 1 a check failed, 2 the input cannot be used, 130 interrupted
+`fxcompress COMMAND --help` has examples. Output is plain text in a pipe; NO_COLOR is respected.
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,46 +27,53 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except FxCompressError as error:
+        if args.debug:
+            raise
         print(f"fxcompress: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `fxcompress dump … | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fxcompress", description="Train in less memory: compressed saved activations."
+        prog="fxcompress",
+        description="Train in less memory: compressed saved activations.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    command = commands.add_parser("demo", help="train a small ResNet, plain beside compressed")
-    demo.add_arguments(command)
-    command.set_defaults(run=demo.run)
+    _add(commands, "demo", demo, "train a small ResNet, plain beside compressed")
+    _add(commands, "plan", plan_command, "what would become of a model's saved tensors")
+    _add(commands, "dump", dump, "precision of every saved tensor; what changed between two plans")
 
     benches = commands.add_parser("bench", help="benchmarks").add_subparsers(
         required=True, metavar="BENCH"
     )
-    command = benches.add_parser(
-        "step",
-        help="memory, time and gradient error of a training step",
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    bench_step.add_arguments(command)
-    command.set_defaults(run=bench_step.run)
-
-    command = benches.add_parser(
-        "noise",
-        help="gradient noise of each policy at equal saved bytes",
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    bench_noise.add_arguments(command)
-    command.set_defaults(run=bench_noise.run)
-
-    command = benches.add_parser("kernels", help="GPU kernels as compiled, CPU kernels as measured")
-    bench_kernels.add_arguments(command)
-    command.set_defaults(run=bench_kernels.run)
+    _add(benches, "step", bench_step, "memory, time and gradient error of a training step")
+    _add(benches, "noise", bench_noise, "gradient noise of each policy at equal saved bytes")
+    _add(benches, "kernels", bench_kernels, "GPU kernels as compiled, CPU kernels as measured")
 
     command = commands.add_parser("version", help="print the version")
-    command.set_defaults(run=_version)
+    command.set_defaults(run=_version, debug=False)
     return parser
+
+
+def _add(commands: Any, name: str, module: Any, summary: str) -> None:
+    """A command: a module with `add_arguments`, `run`, and perhaps `EXAMPLES`."""
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=module.__doc__.partition("\n")[0],
+        epilog=getattr(module, "EXAMPLES", None),
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    module.add_arguments(command)
+    command.add_argument("--debug", action="store_true", help="errors with their traceback")
+    command.set_defaults(run=module.run)
 
 
 def _version(args: argparse.Namespace) -> int:

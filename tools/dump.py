@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fxcompress.errors import FxCompressError
-from fxcompress.plan import FORMAT, Plan, TensorPlan
+from fxcompress.plan import Plan, TensorPlan
 from fxcompress.tools import output, plan_command
 from fxcompress.tools.output import Row, megabytes
 
@@ -21,6 +21,8 @@ examples:
   fxcompress dump plan.json --format json | jq '.tensors[] | select(.bits < 4) | .tensor'
   fxcompress dump --diff before.json after.json
 """
+
+FORMAT = 1  # of the JSON: dump.schema.json
 
 _SORTS: dict[str, Callable[[TensorPlan], float]] = {
     "bytes": lambda t: -t.storage_bytes,
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             f"{megabytes(first.planned_peak_bytes)} → {megabytes(second.planned_peak_bytes)} MB, "
             f"gradient variance {first.predicted_variance:.3g} → {second.predicted_variance:.3g}"
         )
-        _write(rows, _DIFF_COLUMNS, args.format, title, totals)
+        _write("diff", rows, _DIFF_COLUMNS, args.format, title, totals)
         return 0
     plan = plan_command.plan_of(args)
     tensors = sorted(plan.tensors, key=_SORTS[args.sort]) if args.sort else plan.tensors
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         f"{plan.predicted_variance:.3g} ({'measured' if plan.calibrated else 'guessed'})"
     )
     rows = [row(t, plan.predicted_variance) for t in tensors]
-    _write(rows, _COLUMNS, args.format, title, _totals(plan), plan.note)
+    _write("dump", rows, _COLUMNS, args.format, title, _totals(plan), plan.note)
     return 0
 
 
@@ -84,6 +86,7 @@ def row(tensor: TensorPlan, whole_variance: float) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "dtype": tensor.dtype.removeprefix("torch."),
         "readers": readers(tensor),
+        "recompute_steps": len(tensor.recompute),
         "representation": tensor.representation,
         "bits": round(tensor.bits, 3) if sizes_known else None,
         "bytes_before": tensor.storage_bytes,
@@ -153,17 +156,23 @@ def _by_name(plan: Plan) -> dict[tuple[str, int], TensorPlan]:
     return found
 
 
-def _totals(plan: Plan) -> dict[str, float]:
+def _totals(plan: Plan) -> dict[str, Any]:
     return {
+        "policy": plan.policy,
+        "budget_mb": plan.budget_mb,
         "saved_bytes_before": plan.saved_bytes_before,
         "saved_bytes": plan.saved_bytes,
         "plain_peak_bytes": plan.plain_peak_bytes,
         "planned_peak_bytes": plan.planned_peak_bytes,
+        "measured_saved_bytes": plan.measured_saved_bytes,
+        "measured_peak_bytes": plan.measured_peak_bytes,
         "predicted_variance": float(plan.predicted_variance),
+        "calibrated": plan.calibrated,
     }
 
 
 def _write(
+    kind: str,
     rows: Sequence[Row],
     columns: Iterable[str],
     form: str,
@@ -173,7 +182,7 @@ def _write(
 ) -> None:
     columns = list(columns)
     if form == "json":
-        value = {"format": FORMAT, "totals": totals, "tensors": list(rows)}
+        value = {"format": FORMAT, "kind": kind, "totals": totals, "tensors": list(rows)}
         output.write_json(value, sys.stdout)
     elif form == "csv":
         output.write_csv(columns, rows, sys.stdout)

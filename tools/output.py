@@ -56,7 +56,18 @@ def write_table(columns: Sequence[str], rows: Sequence[Row], title: str, caption
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(text(row[column]) for column in columns))
-    console().print(table, markup=False)
+    show(table)
+
+
+def show(table: Table) -> None:
+    """Print a table; in a pipe without the spaces that fill its lines."""
+    if sys.stdout.isatty():
+        console().print(table, markup=False)
+        return
+    shown = console()
+    with shown.capture() as captured:
+        shown.print(table, markup=False)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def write_csv(columns: Sequence[str], rows: Sequence[Row], file: TextIO) -> None:

@@ -1,0 +1,109 @@
+"""The command as users meet it: help, exit codes, errors, pipes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fxcompress.errors import FxCompressError
+from fxcompress.plan import Plan
+from fxcompress.tools import cli
+
+FACTORY = """
+import torch
+from torch import nn
+
+def factory(batch, size):
+    layers = [nn.Sequential(nn.Linear(size, size), nn.GELU()) for _ in range(3)]
+    model = nn.Sequential(*layers, nn.Linear(size, 1))
+    return model, (torch.randn(batch, size),), lambda output: output.square().mean()
+"""
+COMMANDS = ["demo", "plan", "dump", "bench step", "bench noise", "bench kernels"]
+
+
+@pytest.fixture
+def factory(tmp_path: Path) -> str:
+    path = tmp_path / "made.py"
+    path.write_text(FACTORY)
+    return f"{path}:factory"
+
+
+def test_plan_of_a_model(factory: str, tmp_path: Path, capsys):
+    out = tmp_path / "plan.json"
+    arguments = ["plan", factory, "--batch", "256", "--size", "64", "--ratio-saved", "4"]
+    assert cli.main([*arguments, "-o", str(out)]) == 0
+    assert "policy auto" in capsys.readouterr().out
+    plan = Plan.load(out)
+    assert plan.calibrated
+    assert plan.saved_bytes <= plan.saved_bytes_before / 4
+    assert 0 < plan.predicted_variance < 1
+    assert {t.module for t in plan.tensors} >= {"0.0", "1.0", "2.0"}
+
+
+def test_plan_with_what_was_measured(factory: str, tmp_path: Path):
+    out = tmp_path / "plan.json"
+    arguments = ["plan", factory, "--batch", "256", "--size", "64", "--policy", "uniform4"]
+    assert cli.main([*arguments, "--measure", "-o", str(out)]) == 0
+    plan = Plan.load(out)
+    assert plan.measured_saved_bytes == pytest.approx(plan.saved_bytes, rel=0.05)
+    assert plan.measured_peak_bytes == pytest.approx(plan.planned_peak_bytes, rel=0.3)
+
+
+def test_a_budget_out_of_reach_names_the_smallest(factory: str, capsys):
+    arguments = ["plan", factory, "--batch", "256", "--size", "64", "--budget-mb", "0.001"]
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "smallest" in captured.err
+    assert captured.out == ""
+
+
+def test_output_into_a_missing_folder(factory: str, tmp_path: Path, capsys):
+    out = str(tmp_path / "missing" / "plan.json")
+    arguments = ["plan", factory, "--batch", "256", "--size", "64", "--policy", "lossless"]
+    assert cli.main([*arguments, "-o", out]) == 2
+    assert f"cannot write {out}" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback():
+    assert cli.main(["plan", "nothing"]) == 2
+    with pytest.raises(FxCompressError):
+        cli.main(["plan", "nothing", "--debug"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    assert "--debug" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["plan", "dump"])
+def test_examples_in_the_help_parse(command: str):
+    module = {"plan": cli.plan_command, "dump": cli.dump}[command]
+    lines = [line.strip() for line in module.EXAMPLES.splitlines() if "fxcompress" in line]
+    assert lines
+    for line in lines:
+        words = line.split("|")[0].split(">")[0].split()
+        cli._parser().parse_args(words[1:])
+
+
+def test_a_closed_pipe_is_no_error(tmp_path: Path):
+    path = tmp_path / "plan.json"
+    plan = Plan("auto", None, (), 0, 0)
+    path.write_text(plan.to_json())
+    script = f"{sys.executable} -m fxcompress.tools.cli dump {path} --format json | true"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {script}"], capture_output=True)
+    assert done.returncode == 0
+    assert done.stderr == b""
+
+
+def test_json_output_is_only_json(tmp_path: Path, capsys):
+    path = tmp_path / "plan.json"
+    Plan("auto", None, (), 0, 0, note="nothing to gain").save(path)
+    assert cli.main(["dump", str(path), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tensors"] == []
