@@ -133,15 +133,26 @@ def new_fake_mode() -> Iterator[Any]:
 
 @contextmanager
 def outside_compile() -> Iterator[None]:
-    """No tracing context, no fake mode: as if no compile were under way.
+    """No tracing context, no fake mode, no metrics: as if no compile were under way.
 
-    `torch._guards.tracing(None)` and `unset_fake_temporarily` (2.1 to 2.15).
+    `torch._guards.tracing(None)` and `unset_fake_temporarily` (2.1 to 2.15); Dynamo's metrics of
+    the compile under way, which refuse a second compile's (`_metrics_context_tls` in 2.14,
+    `_METRICS_CONTEXT` before).
     """
+    from torch._dynamo import utils
+    from torch._dynamo.metrics_context import MetricsContext
     from torch._guards import tracing
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    with tracing(None), unset_fake_temporarily():
-        yield
+    outer = utils.get_metrics_context()
+    local = getattr(utils, "_metrics_context_tls", None)
+    holder, name = (local, "metrics_context") if local else (utils, "_METRICS_CONTEXT")
+    setattr(holder, name, MetricsContext(on_exit=lambda *_: None))
+    try:
+        with tracing(None), unset_fake_temporarily():
+            yield
+    finally:
+        setattr(holder, name, outer)
 
 
 def size_hint(size: Any) -> int:
