@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget-mb",
         type=float,
-        help=f"peak of activation memory, MB (auto: {BUDGET_SHARE:.0%} of plain Inductor's)",
+        help=f"peak of activation memory, MB (auto: {100 * BUDGET_SHARE:g} percent of plain Inductor's)",
     )
     parser.add_argument("--seed", type=int, default=0)
 
