@@ -23,6 +23,7 @@ from fxcompress import rng
 from fxcompress.codecs import Affine, Bits, Codec
 from fxcompress.codecs.dither import Dither
 from fxcompress.codecs.rotate import Rotate
+from fxcompress.codecs.subsample import Subsample
 from fxcompress.kernels import triton as kernels
 
 if TYPE_CHECKING:
@@ -152,6 +153,14 @@ def test_rotate(bits: int, dtype: torch.dtype) -> None:
 def test_rotate_tails(size: int) -> None:
     for group in (128, 256, 512):
         check(Rotate(3, group, mean="none"), awkward(size, torch.float32))
+
+
+@interpreted
+@pytest.mark.parametrize(("rate", "dtype"), [(0.5, FLOATS[1]), (0.125, FLOATS[0])])
+def test_subsample(rate: float, dtype: torch.dtype) -> None:
+    check(Subsample(rate), awkward(tile(dtype) + 333, dtype))
+    for size in (0, 1, 700, int(256 / rate)):
+        check(Subsample(rate), awkward(size, dtype))
 
 
 @interpreted

@@ -35,7 +35,7 @@ from fxcompress.codecs.levels import levels
 from fxcompress.codecs.payload import carve, section_bytes
 from fxcompress.codecs.planar import group_chunks, pack, unpack
 from fxcompress.errors import CodecError
-from fxcompress.kernels import cpu
+from fxcompress.kernels import cpu, triton
 
 _GROUP = 256  # drawn elements
 _RATES = (0.5, 0.25, 0.125, 0.0625)
@@ -61,6 +61,12 @@ class Subsample(Codec):
         return section_bytes(*self._sections(math.prod(shape)))
 
     def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
+        if key is not None and triton.takes(x, _GROUP * self._block):
+            from fxcompress.kernels.triton import subsample as gpu
+
+            parts = carve(payload, *self._sections(x.numel()))
+            triton.run(gpu.encode(x, parts, levels(1), self._block, key, stream))
+            return True
         if x.device.type != "cpu" or not cpu.available():
             return False
         assert key is not None
@@ -69,6 +75,12 @@ class Subsample(Codec):
         return True
 
     def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+        if key is not None and triton.takes(x, _GROUP * self._block):
+            from fxcompress.kernels.triton import subsample as gpu
+
+            parts = carve(payload, *self._sections(x.numel()))
+            triton.run(gpu.decode(parts, x, levels(1), self._block, key, stream))
+            return True
         if x.device.type != "cpu" or not cpu.available():
             return False
         assert key is not None
