@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from fxcompress import overrides
 from fxcompress.choose import bytes_of, mask_bytes
 from fxcompress.codecs import codec
 from fxcompress.errors import BudgetError, SettingsError
@@ -79,9 +80,9 @@ def baseline(cut: Cut, min_bytes: int, reserved: int, *, channels_last: bool) ->
 
 
 def fits_already(plain: Baseline, settings: Settings) -> bool:
-    """Plain Inductor stays within the budget."""
+    """Plain Inductor stays within the budget, and nothing else was asked for."""
     budget = settings.budget_bytes
-    return budget is not None and plain.peak * MARGIN <= budget
+    return not settings.overrides and budget is not None and plain.peak * MARGIN <= budget
 
 
 def leave_alone(plain: Baseline, note: str) -> Decision:
@@ -116,8 +117,11 @@ def make_plan(
         SettingsError: the policy needs a calibration, or a device it does not have.
     """
     memory = timeline(cut, candidates, channels_last=channels_last)
+    ladders: list[Sequence[Option]]
     ladders = [ladder(c, settings.group, (evidence or {}).get(c.name)) for c in candidates]
-    choices = _choose(candidates, plain, settings, memory, reserved, ladders, evidence)
+    overrides.warn_unmatched(settings.overrides, (*plain.candidates, *candidates))
+    ladders, fixed = overrides.apply(settings.overrides, candidates, ladders, evidence or {})
+    choices = _choose(candidates, plain, settings, memory, reserved, ladders, fixed, evidence)
     planned = memory.peak(choices) + reserved
     budget = settings.budget_bytes
     if budget is not None and planned * MARGIN > budget + 1:
@@ -138,6 +142,7 @@ def _choose(
     memory: Timeline,
     reserved: int,
     ladders: Sequence[Sequence[Option]],
+    fixed: frozenset[str],
     evidence: Mapping[str, TensorEvidence] | None,
 ) -> tuple[Choice, ...]:
     chosen = policy(settings.policy)
@@ -152,7 +157,8 @@ def _choose(
             "calibration=fxcompress.calibrate(model, batch)"
         )
     situation = Situation(candidates, None, settings.group, evidence or {})
-    return tie_storages(chosen.choose(situation))
+    chosen_ones = zip(chosen.choose(situation), ladders, strict=True)
+    return tie_storages([f[0].choice if c.candidate.name in fixed else c for c, f in chosen_ones])
 
 
 def tie_storages(choices: Sequence[Choice]) -> tuple[Choice, ...]:

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from fxcompress.errors import SettingsError
+from fxcompress.errors import FxCompressError, SettingsError
 from fxcompress.evidence import Calibration
+from fxcompress.overrides import Rule
+from fxcompress.overrides import parse as parse_overrides
 from fxcompress.policies import check_policy, policy
 
 INNER_COMPILERS = ("inductor", "aot_eager")
@@ -32,6 +34,8 @@ class Settings:
         group: elements that share one scale and minimum.
         min_bytes: saved tensors smaller than this are left alone.
         calibration: from :func:`fxcompress.calibrate`, or the path of a saved one.
+        overrides: rules that fix the representation of some tensors, under any policy: dictionaries
+            or JSON text, see :mod:`fxcompress.overrides`.
     """
 
     budget_mb: float | None = None
@@ -42,6 +46,7 @@ class Settings:
     group: int = 256
     min_bytes: int = 16384
     calibration: Calibration | None = None
+    overrides: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         if self.calibration is not None and not isinstance(self.calibration, Calibration):
@@ -49,6 +54,8 @@ class Settings:
                 "calibration is not what fxcompress.calibrate(model, batch) returns, nor the path "
                 "of a saved one"
             )
+        if not all(isinstance(rule, Rule) for rule in self.overrides):
+            raise SettingsError("overrides are rules; fxcompress.backend takes dictionaries too")
         for name, parse in _PARSERS.items():
             if parse not in _KINDS:
                 continue
@@ -109,6 +116,7 @@ _PARSERS: dict[str, Any] = {
     "group": int,
     "min_bytes": int,
     "calibration": Calibration.load,
+    "overrides": parse_overrides,
 }
 
 
@@ -132,6 +140,8 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         if text:
             try:
                 found[name] = parse(text)
+            except FxCompressError:
+                raise
             except (ValueError, OSError):
                 raise SettingsError(
                     f"{ENV_PREFIX}{name.upper()}={text!r} is not a valid {parse.__name__}"
@@ -157,6 +167,8 @@ def update(settings: Settings, given: Mapping[str, Any]) -> Settings:
     calibration = given.get("calibration")
     if isinstance(calibration, str | os.PathLike):
         given = {**given, "calibration": Calibration.load(calibration)}
+    if "overrides" in given:
+        given = {**given, "overrides": parse_overrides(given["overrides"] or ())}
     return replace(settings, **given)
 
 
