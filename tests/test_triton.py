@@ -21,8 +21,11 @@ from torch import Tensor
 
 from fxcompress import rng
 from fxcompress.codecs import Affine, Bits, Codec
+from fxcompress.codecs.cast import Cast
 from fxcompress.codecs.dither import Dither
+from fxcompress.codecs.magnitude import Magnitude
 from fxcompress.codecs.rotate import Rotate
+from fxcompress.codecs.sign import Sign
 from fxcompress.codecs.subsample import Subsample
 from fxcompress.kernels import triton as kernels
 
@@ -161,6 +164,30 @@ def test_subsample(rate: float, dtype: torch.dtype) -> None:
     check(Subsample(rate), awkward(tile(dtype) + 333, dtype))
     for size in (0, 1, 700, int(256 / rate)):
         check(Subsample(rate), awkward(size, dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_sign(dtype: torch.dtype) -> None:
+    check(Sign(), awkward(777, dtype))
+    check(Sign("mean", 64), awkward(tile(dtype) + 333, dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("format", ["bf16", "fp16", "e4m3", "e5m2"])
+def test_cast(format: str) -> None:
+    for rounding, dtype in (
+        ("nearest", FLOATS[0]),
+        ("stochastic", FLOATS[0]),
+        ("nearest", FLOATS[2]),
+    ):
+        check(Cast(format, rounding), awkward(2800, dtype))
+
+
+@interpreted
+@pytest.mark.parametrize(("levels", "norm"), [(1, "max"), (4, "l2"), (127, "max")])
+def test_magnitude(levels: int, norm: str) -> None:
+    check(Magnitude(levels, 256, norm), awkward(2800, FLOATS[levels % 3]))
 
 
 @interpreted

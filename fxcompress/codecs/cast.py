@@ -45,6 +45,7 @@ from fxcompress.codecs.grid import check_choice, fixed_error, narrow, round_up
 from fxcompress.codecs.payload import Section, carve, section_bytes
 from fxcompress.codecs.sharing import Piece, Sharing, sharing
 from fxcompress.errors import CodecError
+from fxcompress.kernels import triton
 
 _FORMATS = {
     "bf16": torch.bfloat16,
@@ -87,6 +88,24 @@ class Cast(Codec):
 
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         return section_bytes(*self._sections(shape))
+
+    def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
+        # A group of the whole tensor, or of odd size, has no kernel.
+        if self.group % 8 or not self.group or not triton.takes(x, self.group):
+            return False
+        from fxcompress.kernels.triton import cast as gpu
+
+        parts, used = carve(payload, *self._sections(x.shape)), key if self.stochastic else None
+        triton.run(gpu.encode(x, parts, self.group, used, stream))
+        return True
+
+    def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+        if self.group % 8 or not self.group or not triton.takes(x, self.group):
+            return False
+        from fxcompress.kernels.triton import cast as gpu
+
+        triton.run(gpu.decode(carve(payload, *self._sections(x.shape)), x, self.group))
+        return True
 
     def error(self, x: Tensor) -> ErrorModel:
         self.check_dtype(x.dtype)

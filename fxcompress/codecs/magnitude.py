@@ -39,6 +39,7 @@ from fxcompress.codecs.payload import Section, carve, section_bytes
 from fxcompress.codecs.planar import code_bytes, group_chunks
 from fxcompress.codecs.sharing import Sharing, sharing
 from fxcompress.errors import CodecError
+from fxcompress.kernels import triton
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,24 @@ class Magnitude(Codec):
 
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         return section_bytes(*self._sections(shape))
+
+    def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
+        if key is None or self.meta != "bf16" or not triton.takes(x, self.bucket):
+            return False
+        from fxcompress.kernels.triton import magnitude as gpu
+
+        parts, euclidean = carve(payload, *self._sections(x.shape)), self.norm == "l2"
+        triton.run(gpu.encode(x, parts, self.levels, euclidean, self.bucket, key, stream))
+        return True
+
+    def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+        if self.meta != "bf16" or not triton.takes(x, self.bucket):
+            return False
+        from fxcompress.kernels.triton import magnitude as gpu
+
+        parts = carve(payload, *self._sections(x.shape))
+        triton.run(gpu.decode(parts, x, self.levels, self.bucket))
+        return True
 
     def error(self, x: Tensor) -> ErrorModel:
         self.check_dtype(x.dtype)

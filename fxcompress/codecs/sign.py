@@ -33,6 +33,7 @@ from fxcompress.codecs.grid import check_choice, fixed_error, narrow
 from fxcompress.codecs.payload import Section, carve, section_bytes
 from fxcompress.codecs.planar import code_bytes, group_chunks, pack, unpack
 from fxcompress.errors import CodecError
+from fxcompress.kernels import triton
 
 _BF16 = torch.bfloat16
 
@@ -60,6 +61,22 @@ class Sign(Codec):
 
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         return section_bytes(*self._sections(math.prod(shape)))
+
+    def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
+        if not triton.takes(x, self.group):
+            return False
+        from fxcompress.kernels.triton import sign as gpu
+
+        triton.run(gpu.encode(x, carve(payload, *self._sections(x.numel())), self.group))
+        return True
+
+    def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+        if not triton.takes(x, self.group):
+            return False
+        from fxcompress.kernels.triton import sign as gpu
+
+        triton.run(gpu.decode(carve(payload, *self._sections(x.numel())), x, self.group))
+        return True
 
     def error(self, x: Tensor) -> ErrorModel:
         self.check_dtype(x.dtype)

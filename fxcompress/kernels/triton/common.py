@@ -157,6 +157,38 @@ def store_float(x, value, mask, LIMIT: tl.constexpr):
     tl.store(x, value.to(x.dtype.element_ty), mask)
 
 
+# ---- fp32 numbers ----
+
+
+@triton.jit
+def largest(lanes):
+    """(max |x| of each group, whether all of it is finite) of fp32 lanes."""
+    most = tl.zeros(lanes[0].shape, tl.int32)
+    for lane in tl.static_range(8):
+        most = tl.maximum(most, lanes[lane].to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    most = tl.max(most, 1, keep_dims=True)
+    return most.to(tl.float32, bitcast=True), most < 0x7F800000
+
+
+@triton.jit
+def round_to_int(value):
+    """int32 nearest to fp32 in [0, 2^22]; ties to even, by the rounding of a sum."""
+    return (value + 8388608.0).to(tl.int32, bitcast=True) - 0x4B000000
+
+
+@triton.jit
+def nearest_bf16(value):
+    """The bits, as int32, of the bf16 nearest to finite fp32."""
+    bits = value.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
+
+
+@triton.jit
+def ceil_bf16(value):
+    """The bits, as int32, of the least bf16 not below positive fp32."""
+    return (value.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+
+
 # ---- planar packing: codecs/planar.py ----
 
 
