@@ -64,18 +64,20 @@ def product_of(candidate: Candidate) -> Product | None:
                 kernel *= side
             return Product(gradient, kernel, int(reader.args[9]))  # type: ignore[call-overload,arg-type]
         if name in {"mm", "bmm"}:
-            ours = set(_views(candidate.saved.backward))
+            ours = _lineage(candidate)
             other = [n for n in reader.all_input_nodes if n not in ours]
             if len(other) == 1:
                 return Product(other[0], 1, 1)
     return None
 
 
-def _views(node: fx.Node) -> list[fx.Node]:
-    """The node and everything computed from it alone by views."""
-    found = [node]
-    for current in found:
-        found += [u for u in current.users if prop.is_view(u)]
+def _lineage(candidate: Candidate) -> set[fx.Node]:
+    """The tensor and what is computed from it before a gradient joins."""
+    found, pending = set[fx.Node](), [candidate.saved.backward]
+    while pending:
+        node = pending.pop()
+        found.add(node)
+        pending += [u for u in node.users if u not in found and u not in candidate.smooth]
     return found
 
 

@@ -18,7 +18,7 @@ largest code cannot overflow, and the first steps use real sensitivities instead
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fxcompress.choose import codable_choice, exact_choice, is_codable
@@ -128,6 +128,20 @@ def layer_averages(situation: Situation, average: float) -> dict[str, float]:
     return {name: sum(found) / len(found) for name, found in totals.items()}
 
 
+def with_batch_norms(
+    candidates: Sequence[Candidate], layers: Mapping[str, float]
+) -> dict[str, float]:
+    """The bits of ``layers``, and each batch-norm input with those of the layer before it (8 where
+    there is none)."""
+    bits, before = dict(layers), 8.0
+    for candidate in sorted(candidates, key=lambda c: c.saved.forward):
+        if candidate.name in layers:
+            before = layers[candidate.name]
+        elif is_codable(candidate) and BATCH_NORM in roles(candidate):
+            bits[candidate.name] = before
+    return bits
+
+
 def evidence_of(situation: Situation, candidate: Candidate) -> TensorEvidence:
     """Raises SettingsError where the tensor was not calibrated."""
     found = situation.evidence.get(candidate.name)
@@ -144,19 +158,13 @@ def adaptive(average: float) -> Callable[[Situation], Sequence[Choice]]:
 
     def choose(situation: Situation) -> list[Choice]:
         averages = layer_averages(situation, situation.level or average)
-        before = 8.0  # of the layer before a batch norm; 8 where there is none
-        choices = []
-        for candidate in situation.candidates:
-            bits = averages.get(candidate.name)
-            if bits is not None:
-                before = bits
-            elif is_codable(candidate) and BATCH_NORM in roles(candidate):
-                bits = before
-            if bits is None:
-                choices.append(exact_choice(candidate))
-            else:
-                choices.append(codable_choice(candidate, f"adaptive(bits={bits:.4f})"))
-        return choices
+        bits = with_batch_norms(situation.candidates, averages)
+        return [
+            codable_choice(c, f"adaptive(bits={bits[c.name]:.4f})")
+            if c.name in bits
+            else exact_choice(c)
+            for c in situation.candidates
+        ]
 
     return choose
 

@@ -7,6 +7,9 @@ bits an element, charged as β by the budget and priced as 1 bit, as in the refe
 ActNN's (`aq-B(allocator=actnn)`) over conv and linear inputs, means in groups of 256, and one width
 a layer where ActNN gives each sample its own. `alam(bits)`: groups of 128 everywhere, sensitivities
 of the gradients' norms only, ladder 32, 8, 4, 2, β.
+
+Where we differ: the step down to β is weighed by the 2 − β bits that it frees (theirs: by 1), and
+neighbours lie along space, or tokens, where their code takes them in row-major order.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from fxcompress.choose import codable_choice, exact_choice, is_codable
 from fxcompress.errors import SettingsError
 from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.rewrite import Choice
-from fxcompress.passes.roles import BATCH_NORM, product_of, roles
+from fxcompress.passes.roles import product_of, roles
 from fxcompress.policies import actnn, gact
 from fxcompress.policies.base import Policy, Situation
 
@@ -77,20 +80,14 @@ def on_actnn(average: float) -> Callable[[Situation], Sequence[Choice]]:
         widths = actnn.allocate(
             items, situation.level or average, _ACTNN_LADDER, actnn.prices_of(_ACTNN_LADDER)
         )
-        bits = dict(zip((c.name for c in layers), widths, strict=True))
-        before, choices = 8.0, []
-        for candidate in situation.candidates:
-            width = bits.get(candidate.name)
-            if width is not None:
-                before = width
-            elif is_codable(candidate) and BATCH_NORM in roles(candidate):
-                width = before
-            choices.append(
-                exact_choice(candidate)
-                if width is None
-                else codable_choice(candidate, spec(candidate, width, 256, 256))
-            )
-        return choices
+        layer_bits = dict(zip((c.name for c in layers), widths, strict=True))
+        bits = actnn.with_batch_norms(situation.candidates, layer_bits)
+        return [
+            codable_choice(c, spec(c, bits[c.name], 256, 256))
+            if c.name in bits
+            else exact_choice(c)
+            for c in situation.candidates
+        ]
 
     return choose
 
