@@ -46,7 +46,7 @@ def automatic(
     """
     found = policy(settings.policy)
     bounded = settings.budget_bytes is not None or settings.ratio_saved is not None
-    wanted = found.calibrated or (found.solves and bounded)
+    wanted = found.calibrated or (found.solves and bounded and settings.plan is None)
     if not wanted or settings.calibration is not None or not _is_trained(inputs):
         return None
     stored = report.recall_calibration(graph)

@@ -21,7 +21,7 @@ from fxcompress.passes.rebase import rebase
 from fxcompress.passes.recompute import recompute
 from fxcompress.passes.rewrite import KEEP, rewrite
 from fxcompress.plan import Plan
-from fxcompress.planner import baseline, describe, fits_already, leave_alone, make_plan
+from fxcompress.planner import baseline, describe, leave_alone, make_plan, reason_to_leave
 from fxcompress.policies import policy
 from fxcompress.settings import Settings
 
@@ -88,8 +88,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         if not plain.candidates:
             self._declined("left as plain Inductor: nothing is saved for the backward")
             return None
-        if fits_already(plain, settings):
-            note = f"plain Inductor needs {plain.peak / 1e6:.1f} MB, within the budget"
+        if note := reason_to_leave(plain, settings):
             self._record(describe(leave_alone(plain, note), plain, settings))
             return None
         cut = recompute(cut, settings.min_bytes)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fxcompress import overrides
+from fxcompress import load_plan, overrides
 from fxcompress.choose import bytes_of, mask_bytes
 from fxcompress.codecs import codec
 from fxcompress.errors import BudgetError, SettingsError
@@ -79,10 +79,19 @@ def baseline(cut: Cut, min_bytes: int, reserved: int, *, channels_last: bool) ->
     return Baseline(candidates, memory.plain_peak(keep) + reserved)
 
 
-def fits_already(plain: Baseline, settings: Settings) -> bool:
-    """Plain Inductor stays within the budget, and nothing else was asked for."""
+def reason_to_leave(plain: Baseline, settings: Settings) -> str:
+    """Why the graph stays as plain Inductor would have it; empty if it does not.
+
+    Raises:
+        SettingsError: the plan to follow is of another graph.
+    """
+    if settings.plan is not None:
+        alone = load_plan.leaves_alone(settings.plan, plain.candidates)
+        return "as in the given plan" if alone and not settings.overrides else ""
     budget = settings.budget_bytes
-    return not settings.overrides and budget is not None and plain.peak * MARGIN <= budget
+    if budget is None or settings.overrides or plain.peak * MARGIN > budget:
+        return ""
+    return f"plain Inductor needs {plain.peak / 1e6:.1f} MB, within the budget"
 
 
 def leave_alone(plain: Baseline, note: str) -> Decision:
@@ -145,6 +154,10 @@ def _choose(
     fixed: frozenset[str],
     evidence: Mapping[str, TensorEvidence] | None,
 ) -> tuple[Choice, ...]:
+    if settings.plan is not None:
+        saved = {c.name for c in candidates}
+        rebuilt = [c for c in plain.candidates if c.name not in saved]
+        return _with_fixed(load_plan.choices_of(settings.plan, candidates, rebuilt), ladders, fixed)
     chosen = policy(settings.policy)
     if chosen.solves:
         if settings.budget_bytes is not None or settings.ratio_saved is not None:
@@ -157,8 +170,15 @@ def _choose(
             "calibration=fxcompress.calibrate(model, batch)"
         )
     situation = Situation(candidates, None, settings.group, evidence or {})
-    chosen_ones = zip(chosen.choose(situation), ladders, strict=True)
-    return tie_storages([f[0].choice if c.candidate.name in fixed else c for c, f in chosen_ones])
+    return _with_fixed(chosen.choose(situation), ladders, fixed)
+
+
+def _with_fixed(
+    choices: Sequence[Choice], ladders: Sequence[Sequence[Option]], fixed: frozenset[str]
+) -> tuple[Choice, ...]:
+    """The choices, except where an override fixed another; views of one buffer alike."""
+    pairs = zip(choices, ladders, strict=True)
+    return tie_storages([o[0].choice if c.candidate.name in fixed else c for c, o in pairs])
 
 
 def tie_storages(choices: Sequence[Choice]) -> tuple[Choice, ...]:
@@ -252,8 +272,9 @@ def _infeasible(
         if size > 0
     )
     planned = (float(total[position]) + reserved) * MARGIN
+    chooser = f"policy={settings.policy!r}" if settings.plan is None else "the given plan"
     return BudgetError(
-        f"budget_mb={settings.budget_mb:g} is out of reach with policy={settings.policy!r}, whose "
+        f"budget_mb={settings.budget_mb:g} is out of reach with {chooser}, whose "
         f"peak is {planned / 1e6:.1f} MB; the smallest feasible budget is "
         f"{_round_up_mb(smallest)} MB (policy='auto'). The peak is at {memory.names[position]}, "
         f"where these are alive: {holders or 'transients only'}"

@@ -7,12 +7,14 @@ import numbers
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from fxcompress.errors import FxCompressError, SettingsError
 from fxcompress.evidence import Calibration
 from fxcompress.overrides import Rule
 from fxcompress.overrides import parse as parse_overrides
+from fxcompress.plan import Plan
 from fxcompress.policies import check_policy, policy
 
 INNER_COMPILERS = ("inductor", "aot_eager")
@@ -36,6 +38,8 @@ class Settings:
         calibration: from :func:`fxcompress.calibrate`, or the path of a saved one.
         overrides: rules that fix the representation of some tensors, under any policy: dictionaries
             or JSON text, see :mod:`fxcompress.overrides`.
+        plan: a plan to follow, or the path of a saved one, instead of a policy; each tensor gets
+            the representation it has there (see :mod:`fxcompress.load_plan`).
     """
 
     budget_mb: float | None = None
@@ -47,12 +51,17 @@ class Settings:
     min_bytes: int = 16384
     calibration: Calibration | None = None
     overrides: tuple[Rule, ...] = ()
+    plan: Plan | None = None
 
     def __post_init__(self) -> None:
         if self.calibration is not None and not isinstance(self.calibration, Calibration):
             raise SettingsError(
                 "calibration is not what fxcompress.calibrate(model, batch) returns, nor the path "
                 "of a saved one"
+            )
+        if self.plan is not None and not isinstance(self.plan, Plan):
+            raise SettingsError(
+                "plan is not what fxcompress.explain(model) returns, nor the path of a saved one"
             )
         if not all(isinstance(rule, Rule) for rule in self.overrides):
             raise SettingsError("overrides are rules; fxcompress.backend takes dictionaries too")
@@ -65,6 +74,8 @@ class Settings:
             if not is_absent and (not isinstance(value, kind) or isinstance(value, bool)):
                 raise SettingsError(f"{name}={value!r} is not {article}")
         check_policy(self.policy)
+        if self.plan is not None and (self.policy != "auto" or self.ratio_saved is not None):
+            raise SettingsError("a plan has its own choices: drop policy and ratio_saved")
         if self.budget_mb is not None and not (
             math.isfinite(self.budget_mb) and self.budget_mb > 0
         ):
@@ -104,7 +115,18 @@ class Settings:
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "seed"}
         if self.calibration is not None:
             given["calibration"] = self.calibration.key()
+        if self.plan is not None:
+            given["plan"] = self.plan.key()
         return ",".join(f"{k}={v!r}" for k, v in given.items())
+
+
+def _load_plan(path: str | os.PathLike[str]) -> Plan:
+    try:
+        return Plan.load(Path(path))
+    except FileNotFoundError:
+        raise SettingsError(
+            f"there is no plan at {path}: make one with fxcompress.explain(model).save(path)"
+        ) from None
 
 
 _PARSERS: dict[str, Any] = {
@@ -117,6 +139,7 @@ _PARSERS: dict[str, Any] = {
     "min_bytes": int,
     "calibration": Calibration.load,
     "overrides": parse_overrides,
+    "plan": _load_plan,
 }
 
 
@@ -164,9 +187,9 @@ def update(settings: Settings, given: Mapping[str, Any]) -> Settings:
     for name in given:
         if name not in known:
             raise SettingsError(f"unknown setting {name!r}; known: {', '.join(known)}")
-    calibration = given.get("calibration")
-    if isinstance(calibration, str | os.PathLike):
-        given = {**given, "calibration": Calibration.load(calibration)}
+    for name, load in (("calibration", Calibration.load), ("plan", _load_plan)):
+        if isinstance(given.get(name), str | os.PathLike):
+            given = {**given, name: load(given[name])}
     if "overrides" in given:
         given = {**given, "overrides": parse_overrides(given["overrides"] or ())}
     return replace(settings, **given)
