@@ -119,7 +119,7 @@ class Affine(Codec):
         if self._has_kernels and key is not None and triton.takes(x, self.group):
             from fxcompress.kernels.triton import affine as gpu
 
-            sections = carve(payload, *self._sections(x.shape))
+            sections = self.carve(payload, x.shape)
             triton.run(gpu.encode(x, sections, self.bits, self.group, key, stream))
             return True
         if not self._has_kernels or x.device.type != "cpu" or not cpu.available():
@@ -133,13 +133,17 @@ class Affine(Codec):
         if self._has_kernels and triton.takes(x, self.group):
             from fxcompress.kernels.triton import affine as gpu
 
-            sections = carve(payload, *self._sections(x.shape))
+            sections = self.carve(payload, x.shape)
             triton.run(gpu.decode(sections, x, self.bits, self.group))
             return True
         if not self._has_kernels or x.device.type != "cpu" or not cpu.available():
             return False
         cpu.affine_decode(payload, x, self.bits, self.group)
         return True
+
+    def carve(self, payload: Tensor, shape: Sequence[int]) -> list[Tensor]:
+        """The payload's sections: codes, steps and, by `zero`, minima or zero points."""
+        return carve(payload, *self._sections(shape))
 
     def error(self, x: Tensor) -> ErrorModel:
         self.check_dtype(x.dtype)

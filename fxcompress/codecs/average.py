@@ -42,6 +42,7 @@ from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys
 from fxcompress.codecs.grid import narrow
 from fxcompress.codecs.planar import group_chunks
 from fxcompress.errors import CodecError
+from fxcompress.kernels import triton
 
 _BF16 = torch.bfloat16
 _SPACE = {1.0: (1, 2), 0.5: (2, 2), 0.25: (2, 4), 0.125: (4, 4)}  # block (H, W) of each beta
@@ -81,14 +82,31 @@ class Average(Codec):
     def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
         if self.beta == 0:
             return False
+        if self._one_pass(x) and key is not None:
+            from fxcompress.kernels.triton import average as gpu
+
+            parts = self._code.carve(payload, self._means_shape(x.shape))
+            triton.run(gpu.encode(x, parts, self._run(), self.group, key, stream))
+            return True
         return self._code.encode_kernel(self._means(x), payload, key, stream)
 
     def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+        if self._one_pass(x):
+            from fxcompress.kernels.triton import average as gpu
+
+            parts = self._code.carve(payload, self._means_shape(x.shape))
+            triton.run(gpu.decode(parts, x, self._run(), self.group))
+            return True
         means = torch.empty(math.prod(self._means_shape(x.shape)), device=x.device)
         if self.beta == 0 or not self._code.decode_kernel(payload, means, key, stream):
             return False
         self._spread(means, x)
         return True
+
+    def _one_pass(self, x: Tensor) -> bool:
+        """On a GPU. Blocks in space are not consecutive: their means are a pass of their own."""
+        fits = self.beta > 0 and self.along == "storage"
+        return fits and triton.takes(x, self.group * self._run())
 
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
         if self.beta == 0:

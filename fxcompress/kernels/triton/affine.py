@@ -58,6 +58,34 @@ def quantize(x, lo, r, regular, index, k_a, k_b, BITS: tl.constexpr):
     return tl.where(regular, (fixed + noise) >> 22, 0)
 
 
+@triton.jit
+def code(lanes, inside, offsets, start, k_a, k_b, BITS: tl.constexpr):
+    """(codes, step, lo) of groups of fp32 lanes, whose elements are numbered from `start` on."""
+    lowest = tl.full(lanes[0].shape, 0x7FFFFFFF, tl.int32)
+    highest = tl.full(lanes[0].shape, -0x80000000, tl.int32)
+    for lane in tl.static_range(8):
+        order = ordered(lanes[lane].to(tl.int32, bitcast=True))
+        lowest = tl.minimum(lowest, tl.where(inside[lane], order, 0x7FFFFFFF))
+        highest = tl.maximum(highest, tl.where(inside[lane], order, -0x80000000))
+    lo, step, regular = grid(
+        tl.min(lowest, 1, keep_dims=True), tl.max(highest, 1, keep_dims=True), BITS
+    )
+    r = tl.math.div_rn(4194304.0, tl.where(regular, step, 1.0))
+    drawn = [
+        quantize(lanes[lane], lo, r, regular & inside[lane], start + offsets[lane], k_a, k_b, BITS)
+        for lane in (0, 1, 2, 3, 4, 5, 6, 7)
+    ]
+    return drawn, step, lo
+
+
+@triton.jit
+def store_grid(steps, minima, first, size, step, lo):
+    """Write (step, lo) of the groups of a tile, the first of which is `first`."""
+    groups = first + tl.arange(0, size.shape[0])[:, None]
+    tl.store(steps + groups, (step.to(tl.int32, bitcast=True) >> 16).to(tl.int16), size > 0)
+    tl.store(minima + groups, (lo.to(tl.int32, bitcast=True) >> 16).to(tl.int16), size > 0)
+
+
 @triton.jit(do_not_specialize=["numel", "first", "stream"])
 def encode_kernel(
     x,
@@ -81,25 +109,10 @@ def encode_kernel(
     offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
     lanes = load_lanes(x + start, offsets, inside, 0)
     lanes = [lane.to(tl.float32) for lane in lanes]
-    lowest = tl.full((ROWS, WIDTH), 0x7FFFFFFF, tl.int32)
-    highest = tl.full((ROWS, WIDTH), -0x80000000, tl.int32)
-    for lane in tl.static_range(8):
-        order = ordered(lanes[lane].to(tl.int32, bitcast=True))
-        lowest = tl.minimum(lowest, tl.where(inside[lane], order, 0x7FFFFFFF))
-        highest = tl.maximum(highest, tl.where(inside[lane], order, -0x80000000))
-    lo, step, regular = grid(
-        tl.min(lowest, 1, keep_dims=True), tl.max(highest, 1, keep_dims=True), BITS
-    )
-    r = tl.math.div_rn(4194304.0, tl.where(regular, step, 1.0))
-    drawn = [
-        quantize(lanes[lane], lo, r, regular & inside[lane], start + offsets[lane], k_a, k_b, BITS)
-        for lane in (0, 1, 2, 3, 4, 5, 6, 7)
-    ]
+    drawn, step, lo = code(lanes, inside, offsets, start, k_a, k_b, BITS)
     coded = coded_mask(size, eighth, WIDTH, FAST)
     store_codes(codes + start // 8 * BITS, drawn, eighth, coded, GROUP, BITS)
-    groups = start // GROUP + tl.arange(0, ROWS)[:, None]
-    tl.store(steps + groups, (step.to(tl.int32, bitcast=True) >> 16).to(tl.int16), size > 0)
-    tl.store(minima + groups, (lo.to(tl.int32, bitcast=True) >> 16).to(tl.int16), size > 0)
+    store_grid(steps, minima, start // GROUP, size, step, lo)
     if not FAST:  # where the codes end at an odd byte, all programs clear the one after it
         end = (numel.to(tl.int64) + 7) // 8 * BITS
         tl.store(codes + end, (end * 0).to(tl.uint8), end % 2 == 1)
