@@ -30,6 +30,7 @@ from fxcompress.passes.roles import BATCH_NORM, CONVOLUTION, LINEAR, product_of,
 from fxcompress.policies.base import Policy, Situation
 
 LAYERS = frozenset({CONVOLUTION, LINEAR})
+LADDER = tuple(float(bits) for bits in range(8, 0, -1))
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,7 @@ def layer_averages(situation: Situation, average: float) -> dict[str, float]:
         for item in layer_items(candidate, evidence_of(situation, candidate)):
             pooled.append(item)
             owner.append(candidate.name)
-    ladder = [float(bits) for bits in range(8, 0, -1)]
-    widths = allocate(pooled, average, ladder, prices_of(ladder))
+    widths = allocate(pooled, average, LADDER, prices_of(LADDER))
     totals: dict[str, list[float]] = {}
     for name, width in zip(owner, widths, strict=True):
         totals.setdefault(name, []).append(width)

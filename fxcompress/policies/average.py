@@ -25,8 +25,8 @@ from fxcompress.policies import actnn, gact
 from fxcompress.policies.base import Policy, Situation
 
 BETA = 0.5
-_GACT_LADDER = (32.0, 8.0, 4.0, 2.0, BETA)
-_ACTNN_LADDER = (8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, BETA)
+GACT_LADDER = (32.0, 8.0, 4.0, 2.0, BETA)
+ACTNN_LADDER = (8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, BETA)
 
 
 def spec(candidate: Candidate, bits: float, group: int, means: int) -> str:
@@ -48,7 +48,7 @@ def on_gact(
         taken = [c for c in situation.candidates if gact.takes(c)]
         items = [gact.item(situation, c, norms=norms) for c in taken]
         widths = actnn.allocate(
-            items, situation.level or average, _GACT_LADDER, actnn.prices_of(_GACT_LADDER)
+            items, situation.level or average, GACT_LADDER, actnn.prices_of(GACT_LADDER)
         )
         bits = dict(zip((c.name for c in taken), widths, strict=True))
         means = group if norms else round(group * BETA)
@@ -78,7 +78,7 @@ def on_actnn(average: float) -> Callable[[Situation], Sequence[Choice]]:
                 actnn.Item(sum(i.cost for i in of_samples), sum(i.weight for i in of_samples))
             )
         widths = actnn.allocate(
-            items, situation.level or average, _ACTNN_LADDER, actnn.prices_of(_ACTNN_LADDER)
+            items, situation.level or average, ACTNN_LADDER, actnn.prices_of(ACTNN_LADDER)
         )
         layer_bits = dict(zip((c.name for c in layers), widths, strict=True))
         bits = actnn.with_batch_norms(situation.candidates, layer_bits)

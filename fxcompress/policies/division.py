@@ -10,13 +10,19 @@ once.
 from __future__ import annotations
 
 from fxcompress.choose import codable_choice, exact_choice, is_codable
+from fxcompress.codecs import codec
 from fxcompress.passes.rewrite import Choice
 from fxcompress.passes.roles import BATCH_NORM, CONVOLUTION, roles
 from fxcompress.policies.base import Policy, Situation
 
 
 def division(b: int = 8, q: int = 2) -> Policy:
-    """The policy ``division(b=…,q=…)``: blocks of b by b, residual at q bits."""
+    """The policy ``division(b=…,q=…)``: blocks of b by b, residual at q bits.
+
+    Raises:
+        CodecError: values that the codec does not take.
+    """
+    codec(f"frequency(block={b},bits={q})")
 
     def choose(situation: Situation) -> list[Choice]:
         bits = round(situation.level or q)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fxcompress.choose import codable_choice, exact_choice, is_codable
+from fxcompress.codecs import codec
 from fxcompress.passes.rewrite import Choice
 from fxcompress.passes.roles import BATCH_NORM, CONVOLUTION, LINEAR, roles
 from fxcompress.policies.base import Policy, Situation
@@ -24,6 +25,8 @@ _TAKEN = frozenset({CONVOLUTION, LINEAR, BATCH_NORM})
 
 
 def _with(spec: Callable[[Situation], str]) -> Callable[[Situation], Sequence[Choice]]:
+    codec(spec(Situation(())))  # parameters out of range are refused now, not amid a compile
+
     def choose(situation: Situation) -> list[Choice]:
         return [
             codable_choice(c, spec(situation))
