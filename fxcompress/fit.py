@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fxcompress.codecs import states
+from fxcompress.codecs import codec, states
 from fxcompress.codecs.base import channel_axis
 from fxcompress.codecs.levels import levels
-from fxcompress.codecs.transform import RATES, Transform
+from fxcompress.codecs.transform import RATES, Transform, analyse
 from fxcompress.evidence import Price
 from fxcompress.sensitivity import Measured
 
@@ -34,18 +34,23 @@ class Fitted:
     """A basis for one tensor, before rates are chosen.
 
     Attributes:
-        basis: name of its state.
+        basis: name of its state, which holds means, block sides, matrices and, for each band, what
+            the two properties give.
         channels: position of the channel axis in storage order.
-        energy: mean square of each band's coefficients.
-        weight: mean square of the gradient's derivative by them.
-        positions: coefficients a band.
     """
 
     basis: str
     channels: int
-    energy: Floats
-    weight: Floats
-    positions: int
+
+    @property
+    def energy(self) -> Floats:
+        """Mean square of each band's coefficients."""
+        return states.arrays(self.basis)["energy"]
+
+    @property
+    def weight(self) -> Floats:
+        """Mean square of the gradient's derivative by them."""
+        return states.arrays(self.basis)["weight"]
 
 
 def fit(values: Tensor, weights: Sequence[Tensor], channels: int, *, width: int = WIDTH) -> Fitted:
@@ -65,37 +70,50 @@ def fit(values: Tensor, weights: Sequence[Tensor], channels: int, *, width: int 
     axis = channel_axis(channels, values.dim())
     y = values.float().movedim(axis, -1)
     mean = y.reshape(-1, y.shape[-1]).mean(0)
-    found = [
-        _with_sides(values, weights, axis, mean, sides, width) for sides in _sides(y.shape[:-1])
-    ]
-    return min(found, key=lambda f: float(np.log(np.maximum(f.energy * f.weight, 1e-300)).mean()))
+    y = y - mean
+    covectors = [w.float().movedim(axis, -1) for w in weights]
+    tried = [(s, *_with_sides(y, covectors, s, width)) for s in _sides(y.shape[:-1])]
+    sides, energy, weight, analysis, synthesis = min(
+        tried, key=lambda f: float(np.log(np.maximum(f[1] * f[2], 1e-300)).mean())
+    )
+    basis = states.put(
+        {
+            "mean": mean.cpu(),
+            "sides": torch.tensor(sides, dtype=torch.int64),
+            "analysis": analysis,
+            "synthesis": synthesis,
+            "order": torch.from_numpy(np.argsort(-energy, kind="stable").astype(np.int32)),
+            "energy": torch.from_numpy(energy),
+            "weight": torch.from_numpy(weight),
+        }
+    )
+    return Fitted(basis, axis)
 
 
 def _with_sides(
-    values: Tensor,
-    weights: Sequence[Tensor],
-    axis: int,
-    mean: Tensor,
-    sides: Sequence[int],
-    width: int,
-) -> Fitted:
-    blocks = _blocks(len(mean), width)
-    identity = torch.eye(len(mean) // blocks).repeat(blocks, 1, 1)
-    plain = Transform(_put(mean, sides, identity, identity), "", axis)
-    of_values = _covariance(_blocked(plain.forward(values.float()), sides, blocks))
+    y: Tensor, weights: Sequence[Tensor], sides: Sequence[int], width: int
+) -> tuple[Floats, Floats, Tensor, Tensor]:
+    """(energy, weight, analysis, synthesis) of centred y and its weights, channels last."""
+    channels, positions = y.shape[-1], y.numel() // y.shape[-1] // math.prod(sides)
+    blocks = _blocks(channels, width)
+    identity = torch.eye(channels // blocks, device=y.device).repeat(blocks, 1, 1)
+    of_values = _covariance(_blocked(analyse(y, sides, identity), sides, blocks))
     of_weights = torch.stack(
-        [_covariance(_blocked(plain.adjoint(w.float()), sides, blocks)) for w in weights]
+        [_covariance(_blocked(analyse(w, sides, identity), sides, blocks)) for w in weights]
     )
-    analysis, synthesis = _diagonalise(of_values, of_weights.mean(0))
-    codec = Transform(_put(mean, sides, analysis.float(), synthesis.float()), "", axis)
-    z = codec.forward(values.float())
-    positions = z.shape[1]
-    order = z.square().mean(1).argsort(descending=True, stable=True)
-    codec = Transform(_put(mean, sides, analysis.float(), synthesis.float(), order), "", axis)
-    energy = _shrunk(_mean_square(z), len(mean) // blocks, positions)
-    weight = torch.stack([_mean_square(codec.adjoint(w.float())) for w in weights]).mean(0)
-    weight = _shrunk(weight, len(mean) // blocks, positions)
-    return Fitted(codec.basis, axis, energy.numpy(), weight.numpy(), positions)
+    analysis, synthesis = (
+        m.float().contiguous() for m in _diagonalise(of_values, of_weights.mean(0))
+    )
+    there, back = analysis.to(y.device), synthesis.mT.to(y.device)
+    energy = _mean_square(analyse(y, sides, there))
+    weight = torch.stack([_mean_square(analyse(w, sides, back)) for w in weights]).mean(0)
+    size = channels // blocks
+    return (
+        _shrunk(energy, size, positions).numpy(),
+        _shrunk(weight, size, positions).numpy(),
+        analysis,
+        synthesis,
+    )
 
 
 def _blocked(z: Tensor, sides: Sequence[int], blocks: int) -> Tensor:
@@ -161,11 +179,11 @@ def transform_prices(
     assert tensor.weights is not None
     if not codecs:
         return {}
-    codec = next(iter(codecs.values()))
-    z = codec.forward(tensor.values.float())
+    any_rate = next(iter(codecs.values()))
+    z = any_rate.forward(tensor.values.float())
     totals = dict.fromkeys((c.spec for c in codecs.values()), (0.0, 0.0))
     for weights in tensor.weights:
-        w = codec.adjoint(weights.float())
+        w = any_rate.adjoint(weights.float())
         for each in codecs.values():
             variance, bias = each.effect_on_bands(z, w)
             before = totals[each.spec]
@@ -180,8 +198,8 @@ def at_rate(fitted: Fitted, bits: float, *, unbiased: bool = True) -> Transform:
     Reverse water-filling over a discrete ladder: each band takes the rate with the least
     ``weight * energy * error(rate) + λ * bits(rate)``, and λ is what meets the total.
     """
-    numbers = np.arange(0 if not unbiased else 1, len(RATES))
-    rates = _true_rates(fitted.positions)[numbers]
+    numbers = np.arange(1 if unbiased else 0, len(RATES))
+    rates = _true_rates()[numbers]
     errors = _errors()[numbers]
     need = np.maximum(fitted.energy * fitted.weight, 1e-300)
 
@@ -202,15 +220,27 @@ def at_rate(fitted: Fitted, bits: float, *, unbiased: bool = True) -> Transform:
     return Transform(fitted.basis, name, fitted.channels)
 
 
-def staleness(codec: Transform, values: Tensor, fitted_energy: Tensor) -> float:
-    """How much more the bands hold now than when the basis was fitted, weighted by their error.
+def biased(spec: str) -> str:
+    """A transform codec's spec with as many bits, but bands dropped where that gives less error."""
+    found = codec(spec)
+    if not isinstance(found, Transform):
+        return spec
+    numbers = states.arrays(found.rates)["rates"]
+    bits = float(_true_rates()[numbers].mean())
+    return at_rate(Fitted(found.basis, found.channels), bits, unbiased=False).spec
 
-    1 is as calibrated; 2 means twice the noise that was planned for.
+
+def staleness(found: Transform, values: Tensor) -> float:
+    """How much more noise the codec makes on ``values`` than on those its basis was fitted to.
+
+    1 is as calibrated; 2 means twice the noise that was planned for, in the same units: it is time
+    to calibrate again. Bands count by the error of their rate and by how the gradient reads them.
     """
-    rates = torch.from_numpy(states.arrays(codec.rates)["rates"]).long()
-    errors = torch.from_numpy(_errors())[rates]
-    now = codec.forward(values.float()).double().square().mean(1).cpu()
-    return float((errors * now).sum() / (errors * fitted_energy).sum())
+    state = states.arrays(found.basis)
+    rates = states.arrays(found.rates)["rates"]
+    now = _mean_square(found.forward(values.float())).numpy()
+    errors = _errors()[rates] * state["weight"]
+    return float((errors * now).sum() / max((errors * state["energy"]).sum(), 1e-300))
 
 
 def _errors() -> Floats:
@@ -229,7 +259,7 @@ def _errors() -> Floats:
     return np.array(found)
 
 
-def _true_rates(positions: int) -> Floats:
+def _true_rates() -> Floats:
     """Bits a coefficient at each rate, metadata included: one scale (or pair) a group of 256."""
     found = []
     for rate in RATES:
@@ -255,23 +285,3 @@ def _blocks(count: int, width: int) -> int:
     while count % blocks:
         blocks += 1
     return blocks
-
-
-def _put(
-    mean: Tensor,
-    sides: Sequence[int],
-    analysis: Tensor,
-    synthesis: Tensor,
-    order: Tensor | None = None,
-) -> str:
-    """A basis; ``order``: bands from the most energy to the least."""
-    bands = math.prod(sides) * len(mean)
-    return states.put(
-        {
-            "order": torch.arange(bands, dtype=torch.int32) if order is None else order.int().cpu(),
-            "mean": mean.cpu(),
-            "sides": torch.tensor(list(sides), dtype=torch.int64),
-            "analysis": analysis.contiguous(),
-            "synthesis": synthesis.contiguous(),
-        }
-    )

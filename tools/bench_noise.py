@@ -66,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bytes-factor", type=float, default=1.0, help="of the bytes matched to, as 0.5"
     )
+    parser.add_argument(
+        "--ratio", type=float, help="tune each policy to 1/RATIO of plain Inductor's saved bytes"
+    )
+    parser.add_argument(
+        "--drift-steps", type=int, default=0, help="AdamW steps between calibrating and measuring"
+    )
     parser.add_argument("--data", type=Path, help="JPEG folders, or a text file for the GPT")
     parser.add_argument("--warm-steps", type=int, default=200, help="AdamW steps beforehand")
     parser.add_argument("--seeds", type=int, default=16, help="noise streams to average over")
@@ -78,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     names = list(dict.fromkeys(n.strip() for n in _split(args.policies) if n.strip()))
     for name in (*names, *([args.match_bytes] if args.match_bytes else [])):
         policy(name)
+    if args.ratio and args.match_bytes:
+        raise SettingsError("give --match-bytes or --ratio, not both")
     if args.seeds < 2:
         raise SettingsError("--seeds must be 2 or more: bias is told from noise by their mean")
     torch.manual_seed(args.seed)
@@ -88,11 +96,15 @@ def run(args: argparse.Namespace) -> int:
         loss = train(source, args.warm_steps)
         status.update("calibrating")
         calibration = evidence_of(_recorded(source), _recorded(source))
+        if args.drift_steps:
+            status.update("training on")
+            loss = train(source, args.drift_steps)
         status.update("recording the batch to measure on")
         recordings = _recorded(source)
         sensitivities = [sensitivity(r, is_codable, probes=2, seed=1) for r in recordings]
         exact = _flat(recordings, [r.cut for r in recordings])
-        target = None
+        plain = sum(r.plain_saved_bytes for r in recordings)
+        target = plain / args.ratio if args.ratio else None
         if args.match_bytes:
             chosen, _ = _choose(recordings, args.match_bytes, calibration, None)
             target = sum(map(_saved, chosen)) * args.bytes_factor
@@ -110,7 +122,9 @@ def run(args: argparse.Namespace) -> int:
         "warm_loss": loss,
         "match_bytes": args.match_bytes,
         "bytes_factor": args.bytes_factor,
-        "plain_saved_mb": sum(r.plain_saved_bytes for r in recordings) / MB,
+        "ratio": args.ratio,
+        "drift_steps": args.drift_steps,
+        "plain_saved_mb": plain / MB,
         "seed": args.seed,
         "seeds": args.seeds,
         "machine": machine(),
@@ -140,7 +154,7 @@ def _choose(
     found = policy(name)
     if found.solves:
         if target is None:
-            raise SettingsError(f"policy {name!r} needs bytes to plan for: give --match-bytes")
+            raise SettingsError(f"policy {name!r} needs --match-bytes or --ratio to plan for")
         return [_solved(r, calibration, target * _share(r, recordings)) for r in recordings], None
     if found.choose is None:
         raise SettingsError(f"policy {name!r} adds no noise to measure")
@@ -258,9 +272,12 @@ def _split(text: str) -> list[str]:
 
 
 def _print(rows: dict[str, Row], about: dict[str, Any]) -> None:
-    matched = f", at {about['bytes_factor']:g}× the bytes of {about['match_bytes']}"
     title = f"{about['model']}, batch {about['batch']}, size {about['size']}"
-    table = Table(title=title + (matched if about["match_bytes"] else ""))
+    if about["match_bytes"]:
+        title += f", at {about['bytes_factor']:g}× the bytes of {about['match_bytes']}"
+    elif about["ratio"]:
+        title += f", at 1/{about['ratio']:g} of plain Inductor's bytes"
+    table = Table(title=title)
     table.add_column("policy")
     for heading in ("level", "saved MB", "variance", "predicted", "squared bias", "chance"):
         table.add_column(heading, justify="right")
@@ -278,7 +295,8 @@ def _print(rows: dict[str, Row], about: dict[str, Any]) -> None:
     console.print(table)
     console.print(describe(about["machine"]), highlight=False)
     console.print(
-        f"{about['data']}; {about['warm_steps']} steps first, loss {about['warm_loss']:.3f}; "
+        f"{about['data']}; {about['warm_steps']} steps first, "
+        f"{about['drift_steps']} after calibrating, loss {about['warm_loss']:.3f}; "
         f"plain Inductor saves {about['plain_saved_mb']:.2f} MB; seed {about['seed']}, "
         f"{about['seeds']} noise streams"
     )

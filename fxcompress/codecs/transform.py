@@ -145,13 +145,13 @@ class Transform(Codec):
         """Coefficients fp32[bands, positions] of fp32 x."""
         state = states.get(self.basis, x.device)
         y = x.movedim(channel_axis(self.channels, x.dim()), -1) - state["mean"]
-        return self._analyse(y, state["analysis"])
+        return analyse(y, self._sides(), state["analysis"])
 
     def adjoint(self, weights: Tensor) -> Tensor:
         """What a covector of x is to the coefficients: (weights * x).sum() = (result * z).sum()."""
         state = states.get(self.basis, weights.device)
         y = weights.movedim(channel_axis(self.channels, weights.dim()), -1)
-        return self._analyse(y, state["synthesis"].mT)
+        return analyse(y, self._sides(), state["synthesis"].mT)
 
     def backward(self, z: Tensor, shape: Sequence[int]) -> Tensor:
         """fp32 tensor of `shape` from its coefficients."""
@@ -159,15 +159,6 @@ class Transform(Codec):
         mean = states.get(self.basis, z.device)["mean"]
         flat = self._backward(z, shape)
         return flat + mean.view(*[-1 if i == axis else 1 for i in range(len(shape))])
-
-    def _analyse(self, y: Tensor, matrices: Tensor) -> Tensor:
-        """[positions..., channels] -> [bands, positions]."""
-        sides = self._sides()
-        y = _split(y, sides)  # [positions, frequencies, channels]
-        y = _hadamard(y, sides)
-        blocks, width, _ = matrices.shape
-        z = torch.einsum("pfbi,bji->fbjp", y.unflatten(-1, (blocks, width)), matrices)
-        return z.reshape(-1, z.shape[-1])
 
     def _backward(self, z: Tensor, shape: Sequence[int], squared: bool = False) -> Tensor:
         """The linear part of the inverse; ``squared``: of the squares of its entries."""
@@ -195,6 +186,17 @@ class Transform(Codec):
             codec = coder(RATES[number])
             if codec is not None:
                 yield number, codec, bands
+
+
+def analyse(y: Tensor, sides: Sequence[int], matrices: Tensor) -> Tensor:
+    """Coefficients [bands, positions] of y, [positions..., channels].
+
+    sides: of the blocks over its last position axes; matrices: [blocks, width, width] of channels.
+    """
+    y = _hadamard(_split(y, sides), sides)  # [positions, frequencies, channels]
+    blocks, width, _ = matrices.shape
+    z = torch.einsum("pfbi,bji->fbjp", y.unflatten(-1, (blocks, width)), matrices)
+    return z.reshape(-1, z.shape[-1])
 
 
 @cache

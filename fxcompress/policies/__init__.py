@@ -8,8 +8,9 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-from fxcompress.errors import SettingsError
-from fxcompress.policies import actnn, average, division, fp8, gact, thesis, uniform
+from fxcompress.codecs import codec, codec_names
+from fxcompress.errors import CodecError, SettingsError
+from fxcompress.policies import actnn, average, division, fp8, gact, thesis, transform, uniform
 from fxcompress.policies.base import Policy, Situation
 
 __all__ = ["Policy", "Situation", "check_policy", "policies", "policy"]
@@ -19,7 +20,15 @@ _AUTO = Policy(
 )
 
 _FIXED = {
-    p.name: p for p in (*uniform.POLICIES, *actnn.POLICIES, *gact.POLICIES, *fp8.POLICIES, _AUTO)
+    p.name: p
+    for p in (
+        *uniform.POLICIES,
+        *transform.POLICIES,
+        *actnn.POLICIES,
+        *gact.POLICIES,
+        *fp8.POLICIES,
+        _AUTO,
+    )
 }
 # Policies with parameters: name(…) as in Python, all optional.
 _MAKERS: dict[str, Callable[..., Policy]] = {
@@ -29,6 +38,7 @@ _MAKERS: dict[str, Callable[..., Policy]] = {
     "thesis-det": thesis.det,
     "thesis-affine": thesis.affine,
     "thesis-stoch": thesis.stoch,
+    "transform": transform.transform,
 }
 _SPEC = re.compile(r"\s*([\w.-]+?)\s*(?:\((.*)\))?\s*")
 
@@ -47,6 +57,9 @@ def check_policy(name: str) -> None:
 def policy(name: str) -> Policy:
     """The policy called ``name``, with its parameters: ``thesis-det(2)``, ``division(b=4,q=2)``.
 
+    The spec of a codec is a policy, too: ``rotate(bits=2,scale=lsq)`` codes every float saved
+    tensor so.
+
     Raises:
         SettingsError: unknown name or parameter; the message lists the known ones.
     """
@@ -56,6 +69,11 @@ def policy(name: str) -> Policy:
         return _make(name, _MAKERS[base], match[2] or "")
     if base in _FIXED and (match is None or not match[2]):
         return _FIXED[base]
+    if base in codec_names():
+        try:
+            return uniform.every(codec(name).spec)
+        except CodecError as error:
+            raise SettingsError(f"policy {name!r}: {error}") from None
     hint = " (widths are 1 to 8 bits)" if re.fullmatch(r"uniform\d+", base) else ""
     raise SettingsError(f"unknown policy {name!r}{hint}; choose one of: {', '.join(policies())}")
 

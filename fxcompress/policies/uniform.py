@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fxcompress.choose import codable_choice, exact_choice, is_codable
-from fxcompress.fit import LADDER
-from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.rewrite import Choice
 from fxcompress.policies.base import Policy, Situation
 
@@ -56,28 +54,9 @@ def _dither(bits: int) -> Policy:
     )
 
 
-def _transform(bits: float) -> Policy:
-    def choose(situation: Situation) -> list[Choice]:
-        wanted = situation.level or bits
-        return [_transformed(c, situation, wanted) for c in situation.candidates]
-
-    return Policy(
-        f"transform{bits:g}",
-        f"every float saved tensor in its own basis, {bits:g} bits an element where they matter",
-        choose,
-        calibrated=True,
-        levels=LADDER,
-    )
-
-
-def _transformed(candidate: Candidate, situation: Situation, bits: float) -> Choice:
-    """The fitted codec; rotated or subsampled where the tensor is too small for a basis."""
-    if not is_codable(candidate):
-        return exact_choice(candidate)
-    evidence = situation.evidence.get(candidate.name)
-    fitted = {} if evidence is None else evidence.transforms
-    plain = f"rotate(bits={min(max(round(bits), 1), 5)})" if bits >= 0.75 else "subsample(rate=0.5)"
-    return codable_choice(candidate, fitted.get(bits, plain))
+def every(spec: str) -> Policy:
+    """A codec's spec as a policy: every float saved tensor by it."""
+    return Policy(spec, f"every float saved tensor by {spec}", with_spec(lambda _: spec))
 
 
 POLICIES = (
@@ -86,5 +65,4 @@ POLICIES = (
     *(_affine(bits) for bits in range(1, 9)),
     *(_rotate(bits) for bits in range(1, 6)),
     *(_dither(bits) for bits in range(1, 9)),
-    *(_transform(bits) for bits in (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)),
 )
