@@ -1,4 +1,5 @@
-"""The three operators that a rewritten graph calls: fxcompress::next_key, encode and decode.
+"""The operators that a rewritten graph calls: fxcompress::next_key, encode and decode; and, where
+payloads wait in host memory, to_host and to_device.
 
 They are opaque to Inductor (single-pass kernels), deterministic given their key, and carry no
 autograd formula: they appear in graphs that AOTAutograd has already differentiated.
@@ -36,6 +37,10 @@ _library.define(
     "next_key(str plan, Device device) -> Tensor",
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
 )
+_library.define("to_host(Tensor payload) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "to_device(Tensor payload, Device device) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
 
 
 def encode(x: Tensor, key: Tensor | None, codec: str, stream: int, order: Sequence[int]) -> Tensor:
@@ -72,6 +77,21 @@ def next_key(plan: str, device: torch.device) -> Tensor:
     return key
 
 
+def to_host(payload: Tensor) -> Tensor:
+    """A copy in host memory; pinned, and made while the device goes on, where there is one.
+
+    No stream is waited for: the copy is ordered on the current one, as are those that follow.
+    """
+    pinned = payload.device.type == "cuda"
+    host = torch.empty(payload.shape, dtype=payload.dtype, pin_memory=pinned)
+    return host.copy_(payload, non_blocking=pinned)
+
+
+def to_device(payload: Tensor, device: torch.device) -> Tensor:
+    """A copy on ``device`` of what :func:`to_host` gave."""
+    return payload.to(device, non_blocking=True, copy=True)
+
+
 def _inverse(order: Sequence[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
@@ -79,6 +99,8 @@ def _inverse(order: Sequence[int]) -> list[int]:
 _library.impl("encode", encode, "CompositeExplicitAutograd")
 _library.impl("decode", decode, "CompositeExplicitAutograd")
 _library.impl("next_key", next_key, "CompositeExplicitAutograd")
+_library.impl("to_host", to_host, "CompositeExplicitAutograd")
+_library.impl("to_device", to_device, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fxcompress::encode", lib=_library)
@@ -106,3 +128,13 @@ def _decode_fake(
 @torch.library.register_fake("fxcompress::next_key", lib=_library)
 def _next_key_fake(plan: str, device: torch.device) -> Tensor:
     return torch.empty(2, dtype=torch.int64, device=device)
+
+
+@torch.library.register_fake("fxcompress::to_host", lib=_library)
+def _to_host_fake(payload: Tensor) -> Tensor:
+    return payload.new_empty(payload.shape, device="cpu")
+
+
+@torch.library.register_fake("fxcompress::to_device", lib=_library)
+def _to_device_fake(payload: Tensor, device: torch.device) -> Tensor:
+    return payload.new_empty(payload.shape, device=device)

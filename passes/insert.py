@@ -58,6 +58,16 @@ def insert_encode(
     return payload
 
 
+def insert_to_host(forward: fx.GraphModule, payload: fx.Node) -> fx.Node:
+    """Move a payload to host memory right after it is written; the node that is to be saved."""
+    with forward.graph.inserting_after(payload):
+        moved = forward.graph.call_function(torch.ops.fxcompress.to_host.default, (payload,))
+    with torch_private.fake_mode_of(prop.value(payload)):
+        value = torch.ops.fxcompress.to_host(prop.value(payload))
+    moved.meta = {**_provenance(payload), "val": value}
+    return moved
+
+
 def insert_decodes(
     backward: fx.GraphModule,
     node: fx.Node,
@@ -69,12 +79,14 @@ def insert_decodes(
     *,
     coded: torch.Tensor | None = None,
     units: Units | None = None,
+    host: bool = False,
 ) -> None:
     """Let every reader of ``node`` read a decode of ``payload`` instead.
 
     Args:
         coded: fake value of what was encoded, where that is not ``node`` itself.
         units: statistics to undo a standardisation with.
+        host: the payload lies in host memory.
     """
     graph, value = backward.graph, prop.value(node)
     coded = value if coded is None else coded
@@ -82,9 +94,10 @@ def insert_decodes(
     for cluster in clusters(graph, readers):
         with graph.inserting_before(cluster[0]):
             shape = torch_private.size_arguments(graph, value)
+            here = _to_device(graph, payload, value.device) if host else payload
             decoded = graph.call_function(
                 torch.ops.fxcompress.decode.default,
-                (payload, key, spec, stream, shape, list(order), coded.dtype),
+                (here, key, spec, stream, shape, list(order), coded.dtype),
             )
             decoded.meta = {**_provenance(cluster[0]), "val": _laid_out(coded, order)}
             if units is not None:
@@ -136,6 +149,13 @@ def _laid_out(value: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     with torch_private.fake_mode_of(value):
         dense = torch.empty([value.shape[d] for d in order], dtype=value.dtype, device=value.device)
         return dense.permute(inverse)
+
+
+def _to_device(graph: fx.Graph, payload: fx.Node, device: torch.device) -> fx.Node:
+    node = graph.call_function(torch.ops.fxcompress.to_device.default, (payload, device))
+    with torch_private.fake_mode_of(prop.value(payload)):
+        node.meta["val"] = torch.ops.fxcompress.to_device(prop.value(payload), device)
+    return node
 
 
 def _last_placeholder(graph: fx.Graph) -> fx.Node:

@@ -26,6 +26,7 @@ from fxcompress.passes.insert import (
     insert_decodes,
     insert_encode,
     insert_key,
+    insert_to_host,
 )
 from fxcompress.passes.layout import pin_inputs
 from fxcompress.passes.standardise import Units, insert_standardised, units_of
@@ -43,11 +44,13 @@ class Choice:
         representation: a codec's spec; ``keep``; ``masks``: drop the values and save only what
             the exact readers need; ``shape``: save nothing, no reader looks at the values.
         reason: why, in a few words for the report.
+        host: the codec's payload waits in host memory.
     """
 
     candidate: Candidate
     representation: str
     reason: str = ""
+    host: bool = False
 
     @property
     def codec_spec(self) -> str | None:
@@ -102,7 +105,7 @@ def rewrite(cut: Cut, choices: Sequence[Choice], plan_key: str, *, channels_last
     cut.backward.graph.eliminate_dead_code()  # what only led to hoisted nodes needs no decode
     for stream, choice in enumerate(choices):
         if choice.codec_spec is not None:
-            exchange.swap(choice.candidate, choice.codec_spec, stream)
+            exchange.swap(choice.candidate, choice.codec_spec, stream, choice.host)
         elif choice.representation == SHAPE:
             insert_blank(cut.backward, choice.candidate.saved.backward)
     return exchange.settle()
@@ -131,7 +134,7 @@ class _Exchange:
         received = self._join(payload)
         insert_decodes(self.cut.backward, node, received, spec, None, 0, order)
 
-    def swap(self, candidate: Candidate, spec: str, stream: int) -> None:
+    def swap(self, candidate: Candidate, spec: str, stream: int, host: bool) -> None:
         """Save a payload in place of the tensor."""
         saved, order = candidate.saved, candidate.order
         forward, backward = self.cut.forward, self.cut.backward
@@ -139,6 +142,8 @@ class _Exchange:
         units = None if codec(spec).lossless else units_of(source)
         coded = source if units is None else insert_standardised(forward, source, units)
         payload = insert_encode(forward, coded, spec, key, stream, order)
+        if host:
+            payload = insert_to_host(forward, payload)
         unchecked = torch_private.copy_unchecked_mark(source, payload)
         received = receive(backward, payload, node)
         if node is self.last_checked and not unchecked:
@@ -147,7 +152,7 @@ class _Exchange:
         received_units = units and Units(self._join(units.mean), self._join(units.rstd))
         insert_decodes(
             backward, node, received, spec, received_key, stream, order,
-            coded=prop.value(coded), units=received_units,
+            coded=prop.value(coded), units=received_units, host=host,
         )  # fmt: skip
         self.swapped[source] = payload
 

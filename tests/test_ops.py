@@ -58,6 +58,28 @@ def test_opcheck() -> None:
         torch.library.opcheck(ops.encode.default, (sample, key, spec, 1, order))
         arguments = (payload, key, spec, 1, list(x.shape), order, sample.dtype)
         torch.library.opcheck(ops.decode.default, arguments)
+        torch.library.opcheck(ops.to_host.default, (payload,))
+        torch.library.opcheck(ops.to_device.default, (payload, CPU))
+    # Of next_key, all but what compares two calls: they differ.
+    names = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.next_key.default, ("plan", CPU), test_utils=names)
+
+
+def test_every_operator_is_checked() -> None:
+    names = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("fxcompress::")
+    }
+    assert names == {"encode", "decode", "next_key", "to_host", "to_device"}
+
+
+def test_host_round_trip_is_exact() -> None:
+    ops, payload = torch.ops.fxcompress, torch.randint(0, 256, (1001,), dtype=torch.uint8)
+    host = ops.to_host(payload)
+    back = ops.to_device(host, CPU)
+    assert torch.equal(back, payload)
+    assert len({t.data_ptr() for t in (payload, host, back)}) == 3  # copies, never aliases
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

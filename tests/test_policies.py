@@ -5,29 +5,32 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from fxcompress import rng
 from fxcompress.calibrate import evidence_of
 from fxcompress.choose import is_codable, payload_bytes
 from fxcompress.codecs import Average, Frequency, codec
 from fxcompress.errors import FxCompressError, SettingsError
 from fxcompress.evidence import TensorEvidence, signature
 from fxcompress.passes.analyse import Candidate, analyse
+from fxcompress.passes.capture import Cut
 from fxcompress.passes.rewrite import Choice, rewrite
 from fxcompress.passes.roles import ATTENTION, BATCH_NORM, CONVOLUTION, LINEAR, roles
-from fxcompress.planner import tie_storages
 from fxcompress.policies import Situation, actnn, average, gact, policies, policy
 from fxcompress.record import Recorder, Recording, gradients
 from fxcompress.sensitivity import sensitivity
 
-CHOOSING = [name for name in policies() if policy(name).choose is not None]
+ON_DEVICE = ("actnn-l4", "actnn-l5")
+CHOOSING = [n for n in policies() if policy(n).choose is not None and n not in ON_DEVICE]
 MODELS = ["cnn", "transformer"]
 MIN_BYTES = 4096
 
@@ -107,13 +110,17 @@ class Subject:
         found = [c for c in self.recording.candidates if is_codable(c)]
         return {c.name for c in found if roles(c) & set(wanted)}
 
-    def gradient(self, choices: list[Choice]) -> Tensor:
-        """Of all parameters, flat, with these choices."""
+    def rewritten(self, choices: Iterable[Choice]) -> Cut:
+        """A copy of the graphs with these choices."""
         last = self.recording.channels_last
         cut = self.recording.cut.copy()
         own = {c.name: c for c in analyse(cut, MIN_BYTES, channels_last=last)}
-        moved = [Choice(own[c.candidate.name], c.representation) for c in choices]
-        return flat(gradients(self.recording, rewrite(cut, moved, "plan", channels_last=last)))
+        moved = [replace(c, candidate=own[c.candidate.name]) for c in choices]
+        return rewrite(cut, moved, "plan", channels_last=last)
+
+    def gradient(self, choices: Iterable[Choice]) -> Tensor:
+        """Of all parameters, flat, with these choices."""
+        return flat(gradients(self.recording, self.rewritten(choices)))
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -169,7 +176,7 @@ def test_every_policy_chooses_and_runs(subjects: dict[str, Subject], name: str, 
             assert payload_bytes(choice.candidate, choice.codec_spec) < choice.candidate.own_bytes
             assert choice.codec_spec == codec(choice.codec_spec).spec
         assert choice.representation == "keep" or not choice.candidate.keep
-    gradient = subject.gradient(list(tie_storages(choices)))
+    gradient = subject.gradient(choices)
     assert bool(gradient.isfinite().all())
     error = float((gradient - subject.exact).norm() / subject.exact.norm())
     if name == "lossless":
@@ -383,6 +390,48 @@ def test_thesis_takes_layer_and_batch_norm_inputs(subjects: dict[str, Subject], 
         coded = subject.coded(name)
         assert set(coded) == taken
         assert {c.codec_spec for c in coded.values()} == {codec(spec).spec}
+
+
+# ---- payloads in host memory ----
+
+
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_host_memory_needs_a_device(subjects: dict[str, Subject], name: str) -> None:
+    with pytest.raises(SettingsError, match="the model is on the CPU: use actnn-l3"):
+        subjects["cnn"].choose(name)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_payloads_pass_through_host_memory(subjects: dict[str, Subject], model: str) -> None:
+    """The graphs that actnn-l4 gives on a device; here both memories are the same."""
+    subject = subjects[model]
+    here = subject.choose("actnn-l3")
+    lossy = set(subject.coded("actnn-l3"))
+    there = [replace(c, host=c.candidate.name in lossy) for c in here]
+    cut = subject.rewritten(there)
+    ops = torch.ops.fxcompress
+    moved = cut.forward.graph.find_nodes(op="call_function", target=ops.to_host.default)
+    assert len(moved) == len(lossy)
+    assert all(node.args[0].target == ops.encode.default for node in moved)
+    assert {s.forward for s in cut.saved} >= set(moved)
+    back = cut.backward.graph.find_nodes(op="call_function", target=ops.to_device.default)
+    assert {node.args[0].name for node in back} == {node.name for node in moved}
+    assert all(node.next.target == ops.decode.default for node in back)  # right before use
+    found = []
+    for choices in (here, there):
+        rng.manual_seed(3)
+        found.append(subject.gradient(choices))
+    rng.manual_seed(None)
+    assert torch.equal(*found)
+
+
+def test_host_memory_is_where_the_graph_says() -> None:
+    ops = torch.ops.fxcompress
+    with FakeTensorMode():
+        payload = torch.empty(1000, dtype=torch.uint8, device="cuda:0")
+        host = ops.to_host(payload)
+        assert host.device.type == "cpu"
+        assert ops.to_device(host, payload.device).device == payload.device
 
 
 # ---- the allocator ----

@@ -13,6 +13,8 @@ the layer's bits anew, as in ActNN (`codecs/adaptive.py`).
 Where we differ: masks are exact and shared, a tensor saved for two readers is coded once, metadata
 is rounded before the codes are drawn, batch-norm inputs are coded in units of their channels, the
 largest code cannot overflow, and the first steps use real sensitivities instead of zeros.
+L4 and L5 need a device (untested on one so far); L5's defragmentation was a fork of PyTorch's
+allocator: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True instead.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.rewrite import Choice
 from fxcompress.passes.roles import BATCH_NORM, CONVOLUTION, LINEAR, product_of, roles
 from fxcompress.policies.base import Policy, Situation
+
+Chooser = Callable[[Situation], Sequence[Choice]]
 
 LAYERS = frozenset({CONVOLUTION, LINEAR})
 LADDER = tuple(float(bits) for bits in range(8, 0, -1))
@@ -94,7 +98,7 @@ def layer_items(candidate: Candidate, evidence: TensorEvidence) -> list[Item]:
     return [Item(factor * r, per_sample) for r in evidence.sample_ranges]
 
 
-def fixed(bits: int, batch_norm: bool) -> Callable[[Situation], Sequence[Choice]]:
+def fixed(bits: int, batch_norm: bool) -> Chooser:
     """L1 and L2: one width for all."""
     wanted = LAYERS | ({BATCH_NORM} if batch_norm else set())
 
@@ -153,7 +157,7 @@ def evidence_of(situation: Situation, candidate: Candidate) -> TensorEvidence:
     return found
 
 
-def adaptive(average: float) -> Callable[[Situation], Sequence[Choice]]:
+def adaptive(average: float) -> Chooser:
     """L3: bits shared out over layers, and within a layer over its samples at every step."""
 
     def choose(situation: Situation) -> list[Choice]:
@@ -169,8 +173,31 @@ def adaptive(average: float) -> Callable[[Situation], Sequence[Choice]]:
     return choose
 
 
-def _swapped(policy: Policy, name: str, doc: str) -> Policy:
-    return replace(policy, name=name, doc=doc, swaps=True)
+def on_host(choose: Chooser) -> Chooser:
+    """The same choices with their payloads in host memory.
+
+    Raises:
+        SettingsError: the graph's tensors are in host memory already.
+    """
+
+    def chosen(situation: Situation) -> list[Choice]:
+        if all(c.fake.device.type == "cpu" for c in situation.candidates):
+            raise SettingsError(
+                "this policy moves payloads from the device to host memory, and the model is on "
+                "the CPU: use actnn-l3, which has the same bits"
+            )
+        return [
+            replace(c, host=True, reason=c.reason or "in host memory")
+            if c.codec_spec and c.drops_values and c.candidate.fake.device.type != "cpu"
+            else c
+            for c in choose(situation)
+        ]
+
+    return chosen
+
+
+def _swapped(name: str, doc: str) -> Policy:
+    return replace(_L3, name=name, doc=doc, choose=on_host(adaptive(2.0)))
 
 
 _L3 = Policy(
@@ -195,6 +222,6 @@ POLICIES = (
         levels=tuple(range(8, 0, -1)),
     ),
     _L3,
-    _swapped(_L3, "actnn-l4", "ActNN L4: L3 with payloads in host memory"),
-    _swapped(_L3, "actnn-l5", "ActNN L5: L4; its defragmentation is PyTorch's allocator's today"),
+    _swapped("actnn-l4", "ActNN L4: L3 with payloads in host memory"),
+    _swapped("actnn-l5", "ActNN L5: L4; its defragmentation is PyTorch's allocator's today"),
 )

@@ -40,7 +40,6 @@ class Policy:
         solves: the planner picks the least noisy choices under the budget.
         calibrated: needs measurements of a real batch.
         levels: values of its knob that make sense, from the most bytes to the fewest.
-        swaps: keeps payloads in host memory.
     """
 
     name: str
@@ -50,4 +49,3 @@ class Policy:
     solves: bool = False
     calibrated: bool = False
     levels: tuple[float, ...] = ()
-    swaps: bool = False
