@@ -15,6 +15,7 @@ from fxcompress import __version__, report, torch_private
 from fxcompress.errors import BudgetError, SettingsError
 from fxcompress.evidence import TensorEvidence, signature
 from fxcompress.ledger import Ledger
+from fxcompress.lifetimes import located
 from fxcompress.passes.analyse import analyse
 from fxcompress.passes.capture import CaptureError, Cut, pair
 from fxcompress.passes.rebase import rebase
@@ -102,7 +103,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
             channels_last=channels_last,
             evidence=self._evidence(cut),
         )
-        plan = describe(decision, plain, settings)
+        plan = located(describe(decision, plain, settings), cut)
         if all(tensor.representation == KEEP for tensor in plan.tensors):
             unchanged = {"note": "nothing to gain", "planned_peak_bytes": plain.peak}
             self._record(replace(plan, **unchanged))  # type: ignore[arg-type]

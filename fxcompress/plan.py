@@ -35,12 +35,18 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Moment:
-    """Modelled bytes alive at one node of the step, plain and planned."""
+    """Modelled bytes alive at one node of the step, plain and planned.
+
+    Attributes:
+        phase: "forward" or "backward".
+        module: path of the module that the node belongs to; "" where unknown.
+    """
 
     node: str
     phase: str
     plain_bytes: int
     planned_bytes: int
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class TensorPlan:
             over their squared norm; 0 where it is exact, None where nobody weighed it. Measured if
             the plan was calibrated, a guess otherwise.
         alternatives: what else it could have been, from the least noise on.
+        alive: the first and the last moment of the plan's timeline at which it is held; None where
+            it is not saved.
     """
 
     name: str
@@ -83,6 +91,7 @@ class TensorPlan:
     reason: str
     predicted_variance: float | None = 0.0
     alternatives: tuple[Alternative, ...] = ()
+    alive: tuple[int, int] | None = None
 
     @property
     def numel(self) -> int:
@@ -110,6 +119,8 @@ class Plan:
         timeline: the modelled memory of the step, thinned out to some hundred moments.
         measured_saved_bytes, measured_peak_bytes: what a compiled step took, where one was run to
             see (`fxcompress plan --measure`).
+        gap: how far, relatively, the plan may be from the best one; None where no solver chose, or
+            it had no time to find a plan.
     """
 
     policy: str
@@ -123,6 +134,7 @@ class Plan:
     timeline: tuple[Moment, ...] = ()
     measured_saved_bytes: int | None = None
     measured_peak_bytes: int | None = None
+    gap: float | None = None
 
     @property
     def predicted_variance(self) -> float:
@@ -226,15 +238,19 @@ def merge(plans: Iterable[Plan]) -> Plan:
     first = plans[0]
     if len(plans) == 1:
         return first
+    worst = max(plans, key=lambda p: p.planned_peak_bytes)
     return replace(
         first,
-        tensors=tuple(t for p in plans for t in p.tensors),
+        tensors=tuple(
+            t if p is worst else replace(t, alive=None) for p in plans for t in p.tensors
+        ),
         plain_peak_bytes=max(p.plain_peak_bytes for p in plans),
         planned_peak_bytes=max(p.planned_peak_bytes for p in plans),
         note="; ".join(dict.fromkeys(p.note for p in plans if p.note)),
         graphs=len(plans),
         calibrated=all(p.calibrated for p in plans),
-        timeline=max(plans, key=lambda p: p.planned_peak_bytes).timeline,
+        timeline=worst.timeline,
+        gap=max((p.gap for p in plans if p.gap is not None), default=None),
     )
 
 

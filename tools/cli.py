@@ -13,7 +13,15 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 from fxcompress.errors import FxCompressError
-from fxcompress.tools import bench_kernels, bench_noise, bench_step, demo, dump, plan_command
+from fxcompress.tools import (
+    bench_kernels,
+    bench_noise,
+    bench_step,
+    demo,
+    dump,
+    plan_command,
+    viz_command,
+)
 
 EPILOG = """\
 exit codes: 0 done, 1 a check failed, 2 the input cannot be used, 130 interrupted
@@ -49,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "demo", demo, "train a small ResNet, plain beside compressed")
     _add(commands, "plan", plan_command, "what would become of a model's saved tensors")
     _add(commands, "dump", dump, "precision of every saved tensor; what changed between two plans")
+    _add(commands, "viz", viz_command, "a plan as a page, a drawing, or data for other viewers")
 
     benches = commands.add_parser("bench", help="benchmarks").add_subparsers(
         required=True, metavar="BENCH"

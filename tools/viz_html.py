@@ -11,6 +11,7 @@ from fxcompress.tools.dump import readers, share
 from fxcompress.tools.viz_tree import (
     KINDS,
     Module,
+    height,
     kind_of,
     module_tree,
     readable_depth,
@@ -50,6 +51,7 @@ def payload(plan: Plan, title: str, depth: int | None = None) -> dict[str, Any]:
     return {
         "title": title,
         "depth": readable_depth(root) if depth is None else depth,
+        "deepest": height(root),
         "plan": {
             "policy": plan.policy,
             "budget_mb": plan.budget_mb,
@@ -57,6 +59,8 @@ def payload(plan: Plan, title: str, depth: int | None = None) -> dict[str, Any]:
             "after": plan.saved_bytes,
             "plain_peak": plan.plain_peak_bytes,
             "planned_peak": plan.planned_peak_bytes,
+            "measured_saved": plan.measured_saved_bytes,
+            "measured_peak": plan.measured_peak_bytes,
             "variance": plan.predicted_variance,
             "calibrated": plan.calibrated,
             "graphs": plan.graphs,
@@ -68,6 +72,7 @@ def payload(plan: Plan, title: str, depth: int | None = None) -> dict[str, Any]:
         "tree": _module(root),
         "timeline": {
             "nodes": [m.node for m in plan.timeline],
+            "modules": [m.module for m in plan.timeline],
             "forward": sum(m.phase == "forward" for m in plan.timeline),
             "plain": [m.plain_bytes for m in plan.timeline],
             "planned": [m.planned_bytes for m in plan.timeline],
@@ -100,6 +105,7 @@ def _tensor(tensor: TensorPlan, whole_variance: float, specs: dict[str, int]) ->
         "readers": readers(tensor),
         "masked": bool(tensor.exact_readers),
         "recompute": list(tensor.recompute),
+        "alive": tensor.alive,
         "rep": tensor.representation,
         "kind": tensor_kind(tensor),
         "numel": tensor.numel,

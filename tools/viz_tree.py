@@ -120,12 +120,13 @@ def rows(root: Module, depth: int) -> Iterator[tuple[Module, tuple[int, ...]]]:
 
 def readable_depth(root: Module) -> int:
     """The deepest view of at most `ROWS` rows; 1 at least."""
-    sizes = [len(list(rows(root, depth))) for depth in range(1, _height(root) + 1)]
+    sizes = [len(list(rows(root, depth))) for depth in range(1, height(root) + 1)]
     return max((d for d, size in enumerate(sizes, 1) if size <= ROWS), default=1)
 
 
-def _height(module: Module) -> int:
-    return 1 + max(map(_height, module.children), default=0)
+def height(module: Module) -> int:
+    """Levels of modules, its own included."""
+    return 1 + max(map(height, module.children), default=0)
 
 
 def _fold(modules: Sequence[Module], tensors: Sequence[TensorPlan]) -> tuple[Module, ...]:

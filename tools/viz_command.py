@@ -1,0 +1,79 @@
+"""`fxcompress viz`: a plan as a drawing, a page, or data for other viewers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import graphviz
+
+from fxcompress.errors import FxCompressError
+from fxcompress.plan import Plan
+from fxcompress.tools import plan_command, viz_export, viz_graph, viz_html
+
+EXAMPLES = """\
+examples:
+  fxcompress viz gpt:small --batch 16 --size 256 --budget-mb 100 -o gpt.html
+  fxcompress viz plan.json -o plan.svg --depth 2
+  fxcompress viz plan.json -o plan.dot
+  fxcompress viz plan.json -o plan.graph.json  # a graph for Google's Model Explorer
+  fxcompress viz plan.json -o plan.bits.json   # and the node data that colours it
+  fxcompress viz plan.json -o plan.trace.json  # live bytes over the step, for ui.perfetto.dev
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `fxcompress viz`."""
+    plan_command.add_source_arguments(parser)
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=f"its ending says what is made: {', '.join(WRITERS)}",
+    )
+    parser.add_argument(
+        "--depth", type=int, help="levels of modules shown at first (default: what is readable)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the file."""
+    endings = [ending for ending in WRITERS if args.output.name.endswith(ending)]
+    if not endings:
+        raise FxCompressError(
+            f"{args.output}: the ending must be one of {', '.join(WRITERS)}, it says what is made"
+        )
+    if args.depth is not None and args.depth < 1:
+        raise FxCompressError(f"--depth {args.depth} must be 1 or more")
+    plan = plan_command.plan_of(args)
+    text = WRITERS[endings[0]](plan, Path(args.source).name, args.depth)
+    plan_command.save(args.output, text)
+    return 0
+
+
+def svg(plan: Plan, title: str, depth: int | None) -> str:
+    """The graph drawn by Graphviz.
+
+    Raises:
+        FxCompressError: its `dot` program is missing.
+    """
+    try:
+        return viz_graph.dot(plan, depth).pipe(format="svg", encoding="utf-8")
+    except graphviz.ExecutableNotFound:
+        raise FxCompressError(
+            "an SVG is drawn by Graphviz, whose program `dot` is not installed: apt install "
+            "graphviz (brew, conda: the same name), or write a .html instead, which needs nothing"
+        ) from None
+
+
+WRITERS: dict[str, Callable[[Plan, str, int | None], str]] = {
+    ".html": viz_html.page,
+    ".svg": svg,
+    ".dot": lambda plan, title, depth: viz_graph.dot(plan, depth).source,
+    ".graph.json": lambda plan, title, depth: viz_export.explorer_graph(plan, title),
+    ".bits.json": lambda plan, title, depth: viz_export.explorer_bits(plan),
+    ".trace.json": lambda plan, title, depth: viz_export.perfetto(plan),
+}
