@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fxcompress.persistent import persistent
+
 MASK = 0xFFFFFFFF
 _MASK64 = (1 << 64) - 1
 _Word = TypeVar("_Word", int, Tensor)
@@ -119,17 +121,15 @@ def _device_state(device: torch.device) -> Tensor:
         device = torch.device(device.type, torch.accelerator.current_device_index())
     name = str(device)
     if name not in _device_states:
-        state = torch.zeros(2, dtype=torch.int64, device=device)
-        _write(state, _counters.pop(name, 0))
+        with persistent(device):
+            state = torch.zeros(2, dtype=torch.int64, device=device)
+            _write(state, _counters.pop(name, 0))
         _device_states[name] = state
     return _device_states[name]
 
 
 def prepare(device: torch.device) -> None:
-    """Create a device's state. Call before a CUDA graph is warmed up or captured.
-
-    A state made inside would lie in the graph's private pool, which reuses its memory.
-    """
+    """Create a device's state. A CUDA graph captured by hand, without a warm-up, needs it."""
     with _lock:
         _follow_seed()
         if device.type != "cpu":

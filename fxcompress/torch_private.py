@@ -429,6 +429,18 @@ def inductor_patched(patches: dict[str, Any]) -> AbstractContextManager[None]:
     return config.patch(patches)  # type: ignore[return-value]
 
 
+@contextmanager
+def memory_budget(share: float) -> Iterator[str]:
+    """The plain backend, under which PyTorch's own partitioner keeps a share of the activations.
+
+    `torch._functorch.config.activation_memory_budget` (2.4 to 2.15), for comparing with.
+    """
+    import torch._functorch.config as config
+
+    with config.patch(activation_memory_budget=share):
+        yield "inductor"
+
+
 def cache_dir() -> Path:
     """Inductor's on-disk cache (`cache_dir`, 2.2 to 2.15)."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir as directory

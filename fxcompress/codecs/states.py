@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fxcompress import torch_private
 from fxcompress.errors import CodecError
+from fxcompress.persistent import persistent
 
 State = Mapping[str, Tensor]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -73,7 +74,8 @@ def get(name: str, device: torch.device) -> dict[str, Tensor]:
     """The state of that name as tensors on a device. Raises as :func:`arrays`."""
     key = (name, device)
     if key not in _on_device:
-        _on_device[key] = {k: torch.from_numpy(v).to(device) for k, v in arrays(name).items()}
+        with persistent(device):
+            _on_device[key] = {k: torch.from_numpy(v).to(device) for k, v in arrays(name).items()}
     return _on_device[key]
 
 

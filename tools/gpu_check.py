@@ -1,0 +1,376 @@
+"""Everything that only a GPU can show, in one run of at most 8 minutes, from a bare checkout.
+
+    python tools/gpu_check.py --out gpu.json
+
+Needs a GPU, torch, triton, and what they are usually installed with; fxcompress need not be
+installed. Each part is measured as long as time is left, and written down when it is done:
+
+    kernels  every family's kernels equal the reference on CPU, bit for bit; their bandwidth beside
+             the device's own copy
+    graphs   under a CUDA graph each replay draws new noise, and decodes what eager code does
+    cnn      ResNet-50 in bf16, by policy: step, compile time, saved bytes and true peak
+             (torch.cuda.max_memory_allocated) beside plain Inductor and PyTorch's memory budget
+    batch    the largest batch of ResNet-50 within a fixed peak: predicted, then run
+    gpt      as cnn, for a GPT
+
+The last line is one JSON object, also written to --out. Exit status: 0 all is well, 1 a check
+failed or broke, 3 there is no GPU. `--rehearse` runs what can be run on a CPU, at small sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_GPU = 3
+
+
+def _import_checkout() -> None:
+    """Import this checkout's fxcompress, whose subpackages passes and tools lie beside it."""
+    # Run as a script, its folder comes first on the path, and data.py there hides any other.
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT / "tools"]
+    package = ROOT / "fxcompress"
+    spec = importlib.util.spec_from_file_location(
+        *("fxcompress", package / "__init__.py"),
+        submodule_search_locations=[str(package), str(ROOT)],
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fxcompress"] = module
+    spec.loader.exec_module(module)
+
+
+if __name__ == "__main__":
+    _import_checkout()
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import fxcompress  # noqa: E402
+from fxcompress import rng, torch_private  # noqa: E402
+from fxcompress.codecs import Codec, codec  # noqa: E402
+from fxcompress.tools import memory, models  # noqa: E402
+from fxcompress.tools.models import Task  # noqa: E402
+
+KERNELS = (
+    *("affine(bits=1)", "affine(bits=2)", "affine(bits=4)", "affine(bits=8)", "affine(bits=3)"),
+    *("dither(bits=4)", "rotate(bits=1)", "rotate(bits=2)", "rotate(bits=4)", "rotate(bits=5)"),
+    *("subsample(rate=0.5)", "subsample(rate=0.0625)", "average(beta=0.5)", "sign(scale=mean)"),
+    *("magnitude(levels=4)", "cast(format=bf16)", "cast(format=fp16,rounding=stochastic)"),
+    *("cast(format=e4m3)", "cast(format=e5m2,rounding=stochastic)", "bits(bits=1)"),
+)
+# A kernel takes the GPU's compiler about a second: in bf16 those that differ most.
+KERNELS_BF16 = ("affine(bits=4)", "dither(bits=4)", "rotate(bits=2)", "cast(format=e4m3)")
+POLICIES = ("inductor", "uniform2", "torch-budget", "uniform4", "lossless")
+LIMITED = ("inductor", "uniform2")  # whose largest batch is sought
+STREAM = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """How and on what to measure."""
+
+    device: str
+    deadline: float
+    elements: int
+    """Of the tensors that bandwidth is measured on."""
+    cnn: tuple[str, int, int]
+    """(model, batch, size)."""
+    gpt: tuple[str, int, int]
+    peak_mb: float
+    """That the largest batch must stay within."""
+
+    @property
+    def cuda(self) -> bool:
+        return self.device == "cuda"
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.deadline - time.perf_counter()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, help="also write the JSON here, part by part")
+    parser.add_argument("--seconds", type=float, default=450, help="start nothing new after these")
+    parser.add_argument("--rehearse", action="store_true", help="on CPU, small: tries the script")
+    args = parser.parse_args(arguments)
+    if not args.rehearse and not torch.cuda.is_available():
+        print("There is no GPU that PyTorch sees: nothing was measured. --rehearse needs none.")
+        return NO_GPU
+    deadline = time.perf_counter() + args.seconds
+    if args.rehearse:
+        cnn, gpt = ("torchvision:resnet18", 4, 32), ("gpt:small", 2, 32)
+        run = Run("cpu", deadline, 1 << 20, cnn, gpt, 20)
+    else:
+        cnn, gpt = ("torchvision:resnet50", 64, 224), ("gpt:small", 64, 512)
+        run = Run("cuda", deadline, 1 << 26, cnn, gpt, 8000)
+    found: dict[str, Any] = {"machine": _machine(run), "rehearsal": args.rehearse}
+    status = 0
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "kernels": lambda: kernels(run),
+        "graphs": lambda: graphs(run),
+        "cnn": lambda: steps(run, run.cnn, 0.4 * run.left),
+        "batch": lambda: batch(run, found["cnn"].get("rows", {})),
+        "gpt": lambda: steps(run, run.gpt, 0),
+    }
+    for name, part in parts.items():
+        print(f"== {name}, {run.left:.0f} s left", flush=True)
+        try:
+            found[name] = part()
+        except Exception:
+            found[name] = {"ok": False, "error": traceback.format_exc()}
+            print(found[name]["error"], flush=True)
+        status |= not found[name]["ok"]
+        if args.out:
+            args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found))
+    return int(status)
+
+
+def _machine(run: Run) -> dict[str, Any]:
+    about = {"torch": torch.__version__, "gpu": None, "device_gb": None}
+    if run.cuda:
+        properties = torch.cuda.get_device_properties(0)
+        about |= {"gpu": properties.name, "device_gb": properties.total_memory / 1e9}
+    return about
+
+
+# ---- kernels ----
+
+
+def kernels(run: Run) -> dict[str, Any]:
+    """Equality and bandwidth of each codec, fp32 and bf16."""
+    rows, copy = [], {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(run.elements, device=run.device).to(dtype)
+        y = torch.empty_like(x)
+        copy[str(dtype)] = 2 * x.nbytes / seconds(run, lambda x=x, y=y: y.copy_(x)) / 1e9
+        for spec in KERNELS if dtype == torch.float32 else KERNELS_BF16:
+            if run.cuda and run.left < 300:
+                break
+            row = _kernel(run, codec(spec), x, copy[str(dtype)])
+            print(row, flush=True)
+            rows.append(row)
+    return {"ok": all(row["equal"] for row in rows), "copy_gb_s": copy, "rows": rows}
+
+
+def _kernel(run: Run, c: Codec, x: Tensor, copy_gb_s: float) -> dict[str, Any]:
+    x = x > 0 if c.lossless else x
+    key = torch.tensor([0x1234567890ABCDEF, 7])
+    equal = True
+    for size in (1, 77, 5000, (1 << 20) + 333):  # tails, and whole tiles with one
+        part = x[:size].contiguous()
+        expected = c.encode(part.cpu(), key, STREAM)
+        payload = c.encode(part, key.to(run.device), STREAM)
+        decoded = c.decode(expected, part.shape, part.dtype, key, STREAM)
+        found = c.decode(payload, part.shape, part.dtype, key.to(run.device), STREAM)
+        equal &= torch.equal(payload.cpu(), expected) and torch.equal(found.cpu(), decoded)
+    given = key.to(run.device)
+    payload = c.encode(x, given, STREAM)
+    moved = (x.nbytes + payload.nbytes) / 1e9
+    encode = moved / seconds(run, lambda: c.encode(x, given, STREAM))
+    decode = moved / seconds(run, lambda: c.decode(payload, x.shape, x.dtype, given, STREAM))
+    return {
+        "codec": str(c),
+        "dtype": str(x.dtype),
+        "equal": equal,
+        "encode_gb_s": encode,
+        "decode_gb_s": decode,
+        "encode_vs_copy": encode / copy_gb_s,
+        "decode_vs_copy": decode / copy_gb_s,
+    }
+
+
+def seconds(run: Run, call: Callable[[], object], repeats: int = 20) -> float:
+    """Median time of a call, the first one left out."""
+    call()
+    if not run.cuda:
+        return median(_clock(call) for _ in range(3))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+def _clock(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# ---- CUDA graphs ----
+
+
+def graphs(run: Run) -> dict[str, Any]:
+    """Capture a step's key, an encode and a decode; replay twice."""
+    if not run.cuda:
+        return {"ok": True, "skipped": "no CUDA graphs on CPU"}
+    x = torch.randn(100_000, device="cuda")
+    c = codec("rotate(bits=2)")
+    rng.prepare(x.device)
+
+    def step() -> tuple[Tensor, Tensor, Tensor]:
+        key = torch.ops.fxcompress.next_key("gpu_check", x.device)
+        payload = torch.ops.fxcompress.encode(x, key, c.spec, STREAM, [0])
+        decoded = torch.ops.fxcompress.decode(
+            payload, key, c.spec, STREAM, list(x.shape), [0], x.dtype
+        )
+        return key, payload, decoded
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        key, payload, decoded = step()
+    seen = []
+    for _ in range(2):
+        graph.replay()
+        eager = c.encode(x, key, STREAM)
+        again = c.decode(eager, x.shape, x.dtype, key, STREAM)
+        same = torch.equal(payload, eager) and torch.equal(decoded, again)
+        seen.append((key.tolist(), same))
+    advanced = seen[1][0][1] == seen[0][0][1] + 1
+    return {"ok": advanced and all(same for _, same in seen), "keys": [key for key, _ in seen]}
+
+
+# ---- training steps ----
+
+
+def steps(run: Run, task: tuple[str, int, int], reserve: float) -> dict[str, Any]:
+    """A row a policy, as long as more than `reserve` seconds are left."""
+    model, batch_size, size = task
+    rows: dict[str, Any] = {}
+    for policy in POLICIES:
+        if run.left < max(reserve, 30):
+            rows[policy] = {"skipped": "out of time"}
+            continue
+        rows[policy] = measure(run, policy, model, batch_size, size)
+        print(model, policy, rows[policy], flush=True)
+    ok = all("error" not in row for row in rows.values())
+    return {"ok": ok, "model": model, "batch": batch_size, "size": size, "rows": rows}
+
+
+def measure(run: Run, policy: str, model: str, batch_size: int, size: int) -> dict[str, Any]:
+    """One policy on one model: what a row of the table says, or why there is none."""
+    try:
+        return _measure(run, policy, model, batch_size, size)
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
+    finally:
+        torch._dynamo.reset()
+        gc.collect()
+        if run.cuda:
+            torch.cuda.empty_cache()
+
+
+def _measure(run: Run, policy: str, model: str, batch_size: int, size: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    task = _bf16(models.load(model, batch_size, size, run.device))
+    with _compiler(policy) as backend:
+        compiled = torch.compile(task.model, backend=backend)
+
+        def step() -> None:
+            task.model.zero_grad(set_to_none=True)
+            task.forward(compiled).backward()
+
+        compile_s = _clock(step)
+        step()
+        saved = memory.measure_saved(task.forward(compiled), task.held())
+        task.model.zero_grad(set_to_none=True)
+        peak, left = _peak(run, step, task)
+        times = sorted(_clock(step) for _ in range(10 if run.cuda else 2))
+    planned = None
+    if policy not in ("inductor", "torch-budget"):
+        planned = fxcompress.explain(compiled).planned_peak_bytes
+    return {
+        "step_ms": median(times) * 1e3,
+        "compile_s": compile_s,
+        "saved_mb": saved.activation_bytes / 1e6,
+        "peak_mb": peak / 1e6,
+        "gradients_mb": left / 1e6,
+        "planned_peak_mb": None if planned is None else planned / 1e6,
+    }
+
+
+def _bf16(task: Task) -> Task:
+    inputs = tuple(x.bfloat16() if x.is_floating_point() else x for x in task.inputs)
+    return replace(task, model=task.model.bfloat16(), inputs=inputs)
+
+
+def _compiler(policy: str) -> AbstractContextManager[Any]:
+    """The backend of a policy; PyTorch's own budget is asked for half of the activations."""
+    if policy == "torch-budget":
+        return torch_private.memory_budget(0.5)
+    return nullcontext("inductor" if policy == "inductor" else fxcompress.backend(policy=policy))
+
+
+def _peak(run: Run, step: Callable[[], None], task: Task) -> tuple[int, int]:
+    """(bytes over what was there before the step, gradients included; bytes of gradients)."""
+    if not run.cuda:
+        measured = memory.measure_step(step, task.model.parameters())
+        return measured.peak_bytes, measured.gradient_bytes
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    gradients = sum(p.grad.nbytes for p in task.model.parameters() if p.grad is not None)
+    task.model.zero_grad(set_to_none=True)
+    return peak, gradients
+
+
+# ---- largest batch ----
+
+
+def batch(run: Run, rows: dict[str, Any]) -> dict[str, Any]:
+    """Peaks grow with the batch: from that of the table to one at the limit, run to prove it."""
+    model, number, size = run.cnn
+    found: dict[str, Any] = {}
+    for policy in LIMITED:
+        peak = rows.get(policy, {}).get("peak_mb")
+        if peak is None or run.left < 30:
+            found[policy] = {"skipped": "out of time"}
+            continue
+        tried = []
+        largest = int(number * run.peak_mb / peak)
+        for _ in range(2):  # the second where the first was too large
+            row = measure(run, policy, model, largest, size)
+            tried.append({"batch": largest, **row})
+            if "peak_mb" not in row or row["peak_mb"] <= run.peak_mb or run.left < 60:
+                break
+            largest = int(largest * run.peak_mb / row["peak_mb"] * 0.99)
+        fits = [t["batch"] for t in tried if t.get("peak_mb", run.peak_mb + 1) <= run.peak_mb]
+        found[policy] = {"largest": max(fits, default=None), "tried": tried}
+        print(policy, found[policy], flush=True)
+    sizes = [found[policy].get("largest") for policy in LIMITED]
+    ratio = sizes[1] / sizes[0] if all(sizes) else None
+    ok = all("error" not in t for row in found.values() for t in row.get("tried", []))
+    return {"ok": ok, "model": model, "limit_mb": run.peak_mb, "rows": found, "ratio": ratio}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
