@@ -1,4 +1,4 @@
-"""Lifetimes: where in the step each saved tensor is held, and which module each moment belongs to."""
+"""Lifetimes: where in the step a saved tensor is held, and which module a moment belongs to."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ const state = {
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 const megabytes = (size) => (size / 1e6).toFixed(2);
 const percent = (share) => (share === null ? "?" : share === 0 ? "0" : `${+(100 * share).toPrecision(3)} %`);
-const small = (x) => (x === 0 ? "0" : x.toPrecision(3));
+const small = (x) => (x === 0 ? "0" : Math.abs(x) < 1e-3 ? x.toExponential(2) : x.toPrecision(3));
 const bitsOf = (bytes, numel) => (8 * bytes) / Math.max(numel, 1);
 const colour = (kind) => DATA.kinds[kind][0];
 const specName = (alternative) => DATA.specs[alternative[0]];
@@ -72,7 +72,9 @@ function matches(i) {
 // A tensor's moves along the convex hull of (bytes, noise), each with the noise a byte it costs.
 function movesOf(t, i) {
   const hull = [];
-  for (const alternative of t.alts) {
+  // A view costs nothing to keep only while the tensor that counts its bytes is kept as well.
+  const isFree = (a) => t.before === 0 && t.rep !== "keep" && specName(a) === "keep";
+  for (const alternative of t.alts.filter((a) => !isFree(a))) {
     const [, bytes, noise] = alternative;
     if (hull.length && bytes >= hull.at(-1)[1]) continue;
     while (hull.length > 1) {

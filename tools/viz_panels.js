@@ -17,12 +17,19 @@ function drawHeader() {
     ["peak, all kept", mb(plan.plain_peak)],
     ["peak, planned", mb(plan.planned_peak)],
     ["peak, measured", plan.measured_peak === null ? "not run" : mb(plan.measured_peak)],
-    [`gradient variance, ${plan.calibrated ? "measured" : "guessed"}`, small(plan.variance)],
+    [`gradient variance, ${plan.calibrated ? "measured" : "guessed"}`, varianceText()],
   ];
   if (plan.graphs > 1) cards.push(["graphs", plan.graphs]);
   byId("cards").replaceChildren(
     ...cards.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, `${value}`))),
   );
+}
+
+// A policy may choose codecs that nobody weighed.
+function varianceText() {
+  const unweighed = DATA.tensors.filter((t) => t.variance === null).length;
+  if (unweighed === 0) return small(DATA.plan.variance);
+  return DATA.plan.variance === 0 ? "not weighed" : `${small(DATA.plan.variance)} and ${unweighed} tensors not weighed`;
 }
 
 function drawLegend() {
@@ -218,21 +225,21 @@ function drawLadder(k = null) {
   if (k === null) slider.value = nearestRung(plan[0]);
   const [bytes, noise] = k === null ? plan : ladder[k];
   const which = k === null ? "the plan" : `rung ${k} of ${ladder.length - 1}, an estimate`;
-  byId("rung").textContent = `${which}: saved ${megabytes(bytes)} MB, gradient variance ${small(noise)}`;
+  byId("rung").textContent = `${which}: saved ${megabytes(bytes)} MB, gradient variance ${k === null ? varianceText() : small(noise)}`;
   const shown = ladder.filter(([, n]) => n > 0);
-  const logs = [...shown, plan].map(([, n]) => Math.log10(Math.max(n, 1e-12)));
+  const logs = [...shown, plan].filter(([, n]) => n > 0).map(([, n]) => Math.log10(Math.max(n, 1e-12)));
   const low = Math.min(...logs), high = Math.max(...logs), most = ladder[0][0];
   const x = (b) => (1000 * b) / most;
   const y = (n) => 190 - (180 * (Math.log10(Math.max(n, 1e-12)) - low)) / Math.max(high - low, 1e-9);
   const at = (b, n, tint) => drawn("line", { x1: x(b), x2: x(b), y1: y(n) - 6, y2: y(n) + 6, stroke: tint, "stroke-width": 4, "vector-effect": "non-scaling-stroke" });
   byId("curve").replaceChildren(
     drawn("polyline", { stroke: "var(--mark)", points: shown.map(([b, n]) => `${x(b).toFixed(1)},${y(n).toFixed(1)}`).join(" ") }),
-    at(plan[0], plan[1], "var(--plain)"),
+    ...(plan[1] > 0 ? [at(plan[0], plan[1], "var(--plain)")] : []),
     ...(k === null ? [] : [at(bytes, noise, "var(--ink)")]),
   );
   drawTicks(byId("curve"), [
     [2, `variance ${small(10 ** high)}`, "var(--faint)"],
-    [178, `variance ${small(10 ** low)}; 0 to ${megabytes(most)} MB; the plan is the bar in orange`, "var(--faint)"],
+    [178, `variance ${small(10 ** low)}; saved bytes from 0 to ${megabytes(most)} MB${plan[1] > 0 ? "; the plan in orange" : ""}`, "var(--faint)"],
   ]);
 }
 
