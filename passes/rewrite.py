@@ -45,12 +45,14 @@ class Choice:
             the exact readers need; ``shape``: save nothing, no reader looks at the values.
         reason: why, in a few words for the report.
         host: the codec's payload waits in host memory.
+        exact_masks: comparisons are made on exact values, in the forward; not on decoded ones.
     """
 
     candidate: Candidate
     representation: str
     reason: str = ""
     host: bool = False
+    exact_masks: bool = True
 
     @property
     def codec_spec(self) -> str | None:
@@ -70,7 +72,9 @@ def hoisted_nodes(choices: Iterable[Choice]) -> dict[fx.Node, Choice]:
     for choice in choices:
         if choice.drops_values:
             for node in choice.candidate.exact:
-                wanted.setdefault(node, choice)
+                # A decoded comparison may be wrong, a decoded index may lie outside its tensor.
+                if choice.exact_masks or prop.value(node).dtype != torch.bool:
+                    wanted.setdefault(node, choice)
     return wanted
 
 

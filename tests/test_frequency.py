@@ -28,6 +28,7 @@ frequencies = st.builds(
     st.sampled_from((2, 4, 8, 16)),
     st.sampled_from(("bf16", "8bit")),
     st.integers(-3, 3),
+    st.sampled_from(("blocks", "stretched")),
 )
 
 
@@ -52,6 +53,7 @@ def test_bad_parameters_are_refused(fields: str) -> None:
 def test_bytes_of_symbolic_sizes() -> None:
     check_symbolic_bytes(codec("frequency"))
     check_symbolic_bytes(codec("frequency(low=8bit,channels=-1)"))
+    check_symbolic_bytes(codec("frequency(edges=stretched)"))
 
 
 @given(frequencies, shapes, float_types)
@@ -96,6 +98,7 @@ def test_ratio_on_large_planes() -> None:
         ((3, 50, 12), "bits=2,block=8,channels=-1"),
         ((40, 70), "bits=2,block=8"),
         ((2000,), "bits=4,block=16"),
+        ((3, 5, 14, 11), "bits=2,block=4,channels=1,edges=stretched"),
     ],
 )
 def test_unbiased_with_the_stated_variance(shape: tuple[int, ...], spec: str, low: str) -> None:
@@ -158,3 +161,24 @@ def test_extreme_ranges(low: str, dtype: torch.dtype) -> None:
         assert bool(decoded.isfinite().all())
         if not x.any():
             assert not decoded.any()
+
+
+@pytest.mark.parametrize("size", [(14, 14), (7, 7), (9, 16), (23, 5), (56, 56)])
+def test_stretched_edges_are_floor_pooling_and_nearest_upsampling(size: tuple[int, int]) -> None:
+    x, block = feature_map(2, 3, *size), 8
+    kernel = [min(block, side) for side in size]
+    means = torch.nn.functional.avg_pool2d(x, kernel).bfloat16().float()
+    low = torch.nn.functional.interpolate(means, size, mode="nearest")
+    c = Frequency(8, block, channels=1, edges="stretched")
+    cells = means.shape[2] * means.shape[3]
+    assert c.payload_bytes(x.shape, x.dtype) == 8 * math.ceil(x.numel() / 8) + 6 * (4 + 2 * cells)
+    # The residual spans x - low of each plane: a step of 8 bits, rounded up to bf16, is its error.
+    spread = (x - low).flatten(2).amax(2) - (x - low).flatten(2).amin(2)
+    error = (round_trip(c, x) - x).abs().flatten(2).amax(2)
+    assert bool((error <= spread / 255 * 1.02 + 1e-5).all())
+    # Where both differ, blocks of their own fit closer.
+    ours = Frequency(8, block, channels=1)
+    if any(side > block and side % block for side in size):
+        assert float(c.error(x).variance.mean()) > float(ours.error(x).variance.mean())
+    else:
+        assert torch.equal(c.error(x).variance, ours.error(x).variance)

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from fxcompress import rng
 from fxcompress.calibrate import evidence_of
-from fxcompress.choose import is_codable, payload_bytes
+from fxcompress.choose import is_codable, mask_bytes, payload_bytes
 from fxcompress.codecs import Average, Frequency, codec
-from fxcompress.errors import FxCompressError, SettingsError
+from fxcompress.errors import SettingsError
 from fxcompress.evidence import TensorEvidence, signature
 from fxcompress.passes.analyse import Candidate, analyse
 from fxcompress.passes.capture import Cut
@@ -210,7 +210,7 @@ def test_policies_that_measure_ask_for_it(subjects: dict[str, Subject], name: st
 @pytest.mark.parametrize(
     "name",
     [
-        *("actnn-l6", "division(c=3)", "division(1,2,3)", "uniform2(3)", "aq-1.0(allocator=sgd)"),
+        *("actnn-l6", "division(c=3)", "division(1,2,3,4)", "uniform2(3)", "aq-1.0(allocator=sgd)"),
         *("thesis-stoch(levels=4)", "gact-l3", "uniform9"),
     ],
 )
@@ -223,7 +223,7 @@ def test_unknown_names_and_parameters(name: str) -> None:
     "name", ["division(b=3)", "division(q=9)", "thesis-det(0)", "thesis-affine(4,12)"]
 )
 def test_parameters_out_of_range_are_refused_at_once(name: str) -> None:
-    with pytest.raises(FxCompressError):
+    with pytest.raises(SettingsError, match=r"must be|bits of a code"):
         policy(name)
 
 
@@ -371,6 +371,33 @@ def test_division_takes_maps_and_leaves_linear_layers(subjects: dict[str, Subjec
     assert {c.representation.split(",channels")[0] for c in finer.values()} == {
         "frequency(bits=3,block=4"
     }
+
+
+def test_faithful_division_stretches_ragged_edges(subjects: dict[str, Subject]) -> None:
+    coded = subjects["cnn"].coded("division(b=16,faithful=True)")
+    assert coded
+    assert {codec(c.representation).edges for c in coded.values()} == {"stretched"}  # type: ignore[attr-defined]
+
+
+def test_faithful_gact_lets_masks_flip() -> None:
+    """The mask of a ReLU whose output is saved is taken from the decoded output."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU()) for _ in range(4)]
+    subject = recorded(nn.Sequential(*layers), torch.randn(256, 64))
+    exact, flipping = subject.choose("gact-l1"), subject.choose("gact-l1(faithful=True)")
+    assert [c.representation for c in exact] == [c.representation for c in flipping]
+    assert any(c.candidate.exact for c in exact)
+    assert mask_bytes(exact)
+    assert not mask_bytes(flipping)
+    error = [float((subject.gradient(c) - subject.exact).norm()) for c in (exact, flipping)]
+    assert error[1] > 2 * error[0]
+
+
+def test_quirks_that_are_not_reproduced_are_refused() -> None:
+    with pytest.raises(SettingsError, match="is not reproduced"):
+        policy("actnn-l3(faithful=True)")
+    with pytest.raises(SettingsError, match="its parameters are"):
+        policy("alam(faithful=True)")
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -277,11 +277,12 @@ def test_equal_states_have_one_name() -> None:
 
 
 def test_staleness_is_relative_to_the_fit(fitted: Fitted) -> None:
-    c = at_rate(fitted, 2.0)
-    energy = c.forward(correlated(0)).double().square().mean(1)
-    assert staleness(c, correlated(0), energy) == pytest.approx(1)
-    assert staleness(c, correlated(1), energy) == pytest.approx(1, abs=0.3)
-    mean = states.get(c.basis, torch.device("cpu"))["mean"]
+    c, mean = at_rate(fitted, 2.0), states.get(fitted.basis, torch.device("cpu"))["mean"]
+    # The fit shrinks energies towards each other, so that its own batch looks quieter than that.
+    calibrated = staleness(c, correlated(0))
+    assert 0.3 < calibrated < 1.05
+    assert 0.5 * calibrated < staleness(c, correlated(1)) < 2 * calibrated
     wider = mean + 2 * (correlated(0) - mean)
-    assert staleness(c, wider, energy) == pytest.approx(4, rel=1e-3)
-    assert staleness(c, correlated(0).flip(-1), energy) > 10  # channels that the basis never saw
+    assert staleness(c, wider) == pytest.approx(4 * calibrated, rel=1e-3)
+    unseen = correlated(0).flip(-1)  # channels that correlate in other ways
+    assert staleness(c, unseen) > 10

@@ -11,6 +11,9 @@ The mean of a block of a elements (a power of two; a ragged edge has fewer) in f
 
 summed as a fixed binary tree, along W and then along H: missing elements are zeros, and the two
 halves of a run are added element by element until one is left. The scaling keeps the sum finite.
+
+`floor` leaves a ragged edge out of the means, and `stretch` spreads them over it, as pooling and
+nearest upsampling do by default: element i of a side of s positions and c cells reads i*c // s.
 """
 
 from __future__ import annotations
@@ -42,12 +45,21 @@ def planes(x: Tensor, axis: int) -> Tensor:
     return x.movedim(axis, 1)
 
 
-def pooled(shape: Sequence[int], axis: int, blocks: Sequence[int]) -> list[int]:
+def pooled(
+    shape: Sequence[int], axis: int, blocks: Sequence[int], *, floor: bool = False
+) -> list[int]:
     """Shape of the means of `planes(x, axis)`: [samples, channels, *positions]."""
     sizes = [shape[0], shape[axis], *shape[1:axis], *shape[axis + 1 :]]
     for i, block in zip(range(-len(blocks), 0), blocks, strict=True):
-        sizes[i] = (sizes[i] + block - 1) // block
+        size = whole(sizes[i], block) if floor else sizes[i]
+        sizes[i] = (size + block - 1) // block
     return sizes
+
+
+def whole(size: int, block: int) -> int:
+    """Positions in whole blocks; all of them where there is none. May be a SymInt."""
+    found: int = torch.sym_max(size // block * block, torch.sym_min(size, block))
+    return found
 
 
 def samples(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
@@ -78,4 +90,12 @@ def spread(means: Tensor, blocks: Sequence[int], sizes: Sequence[int]) -> Tensor
     """Each mean at every element of its block; `sizes` of the last axes. The inverse of `pool`."""
     for i, (block, size) in enumerate(zip(blocks, sizes, strict=True), -len(blocks)):
         means = means.repeat_interleave(block, i).narrow(i, 0, size)
+    return means
+
+
+def stretch(means: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The means over last axes of `sizes`, nearest neighbours."""
+    for i, size in enumerate(sizes, -len(sizes)):
+        nearest = torch.arange(size, device=means.device) * means.shape[i] // max(size, 1)
+        means = means.index_select(i, nearest)
     return means

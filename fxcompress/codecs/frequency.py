@@ -13,9 +13,9 @@ the published code rounds them afterwards and is slightly biased. low=8bit codes
 by affine(bits=8,rounding=nearest) instead, and R carries that error too: half the bytes of L for
 0.2 % more noise at 2 bits, 1 % at 4 (ResNet-18, 64x64 images, 100 steps in).
 
-A ragged edge is a block of fewer positions (the published code leaves it out of the means and
-stretches the others over the plane); a side below B is one block. With one axis of positions,
-blocks are runs of B. A plane with NaN or Inf decodes to NaN.
+A ragged edge is a block of fewer positions; a side below B is one block. edges=stretched does as
+the published code: the edge is left out of the means, and the others are stretched over the plane.
+With one axis of positions, blocks are runs of B. A plane with NaN or Inf decodes to NaN.
 
 payload = step bf16[planes] | lo bf16[planes] | L | codes in storage order (planar, groups of 256);
           L in the order samples x channels x positions
@@ -50,12 +50,16 @@ _LOW = Affine(8, 256, rounding="nearest")  # what low=8bit codes L by
 
 @dataclass(frozen=True)
 class Frequency(Codec):
-    """`bits` (1..8) an element for R, one L a `block` x `block` (2, 4, 8 or 16) in `low`."""
+    """`bits` (1..8) an element for R, one L a `block` x `block` (2, 4, 8 or 16) in `low`.
+
+    edges: blocks or stretched; see the top of the file.
+    """
 
     bits: int = 2
     block: int = 8
     low: str = "bf16"
     channels: int = 1
+    edges: str = "blocks"
 
     name: ClassVar[str] = "frequency"
     dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOATS
@@ -67,6 +71,8 @@ class Frequency(Codec):
             raise CodecError(f"{self}: block must be 2, 4, 8 or 16")
         if self.low not in {"bf16", "8bit"}:
             raise CodecError(f"{self}: low must be bf16 or 8bit")
+        if self.edges not in {"blocks", "stretched"}:
+            raise CodecError(f"{self}: edges must be blocks or stretched")
 
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         return section_bytes(*self._sections(shape))
@@ -106,7 +112,7 @@ class Frequency(Codec):
             span = slice(part.start * q.shape[1], part.stop * q.shape[1])
             meta = [*q.shape[:2]] + [1] * (q.ndim - 2)
             lo, step = minima[span].float().view(meta), scales[span].float().view(meta)
-            values = blocks.spread(lows[part], lengths, q.shape[-len(lengths) :]) + (lo + q * step)
+            values = self._spread(lows[part], q.shape[-len(lengths) :]) + (lo + q * step)
             blocks.planes(x.view(laid)[part], axis).copy_(values.clamp(-limit, limit))
 
     def error(self, x: Tensor) -> ErrorModel:
@@ -130,7 +136,7 @@ class Frequency(Codec):
     def _sections(self, shape: Sequence[int]) -> tuple[Section, ...]:
         laid, axis = blocks.layout(shape, self.channels)
         planes = (_BF16, laid[0] * laid[axis])
-        cells = math.prod(blocks.pooled(laid, axis, self._blocks(len(laid))))
+        cells = math.prod(self._cells(laid, axis))
         codes = (torch.uint8, code_bytes(math.prod(shape), self.bits))
         if self.low == "bf16":
             return planes, planes, (_BF16, cells), codes
@@ -141,10 +147,25 @@ class Frequency(Codec):
         """fp32[samples, channels, *cells] of a contiguous x."""
         laid, axis = blocks.layout(x.shape, self.channels)
         lengths = self._blocks(len(laid))
-        means = torch.empty(blocks.pooled(laid, axis, lengths), device=x.device)
+        means = torch.empty(self._cells(laid, axis), device=x.device)
         for part in blocks.samples(laid, x.device):
-            means[part] = blocks.pool(blocks.planes(x.view(laid)[part], axis).float(), lengths)
+            values = blocks.planes(x.view(laid)[part], axis)
+            for i, block in enumerate(lengths, -len(lengths)):
+                if self.edges == "stretched":
+                    values = values.narrow(i, 0, blocks.whole(values.shape[i], block))
+            means[part] = blocks.pool(values.float(), lengths)
         return means
+
+    def _cells(self, laid: Sequence[int], axis: int) -> list[int]:
+        """Shape of the means: [samples, channels, *cells]."""
+        lengths, floor = self._blocks(len(laid)), self.edges == "stretched"
+        return blocks.pooled(laid, axis, lengths, floor=floor)
+
+    def _spread(self, lows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Each L at the elements whose R it was taken from."""
+        if self.edges == "stretched":
+            return blocks.stretch(lows, sizes)
+        return blocks.spread(lows, (self.block,) * len(sizes), sizes)
 
     def _residuals(self, x: Tensor, lows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Samples and their R, fp32[samples, channels, positions]."""
@@ -152,7 +173,7 @@ class Frequency(Codec):
         lengths = self._blocks(len(laid))
         for part in blocks.samples(laid, x.device):
             values = blocks.planes(x.view(laid)[part], axis).float()
-            low = blocks.spread(lows[part], lengths, values.shape[-len(lengths) :])
+            low = self._spread(lows[part], values.shape[-len(lengths) :])
             yield part, (values - low).flatten(2)
 
     def _code_low(self, means: Tensor) -> Tensor:
@@ -169,7 +190,7 @@ class Frequency(Codec):
     def _read_low(self, low: Tensor, shape: Sequence[int]) -> Tensor:
         """L as the decoder sees it: fp32[samples, channels, *cells]."""
         laid, axis = blocks.layout(shape, self.channels)
-        cells = blocks.pooled(laid, axis, self._blocks(len(laid)))
+        cells = self._cells(laid, axis)
         if self.low == "bf16":
             return low.float().view(cells)
         values = torch.empty(cells, device=low.device)

@@ -25,13 +25,13 @@ _FIXED = {
         *uniform.POLICIES,
         *transform.POLICIES,
         *actnn.POLICIES,
-        *gact.POLICIES,
         *fp8.POLICIES,
         _AUTO,
     )
 }
 # Policies with parameters: name(…) as in Python, all optional.
 _MAKERS: dict[str, Callable[..., Policy]] = {
+    **gact.MAKERS,
     **{f"aq-{bits}": partial(average.aq, bits) for bits in (2.0, 1.5, 1.25, 1.0)},
     "alam": average.alam,
     "division": division.division,
@@ -67,7 +67,10 @@ def policy(name: str) -> Policy:
     base = match[1] if match else name
     if match and base in _MAKERS:
         return _make(name, _MAKERS[base], match[2] or "")
-    if base in _FIXED and (match is None or not match[2]):
+    if base in _FIXED and match is not None and match[2]:
+        quirks = "; what sets the original apart is not reproduced" * ("faithful" in match[2])
+        raise SettingsError(f"policy {name!r}: {base} takes no parameters{quirks}")
+    if base in _FIXED:
         return _FIXED[base]
     if base in codec_names():
         try:
@@ -95,6 +98,8 @@ def _make(name: str, maker: Callable[..., Policy], text: str) -> Policy:
         raise SettingsError(
             f"policy {name!r}: {error}; its parameters are ({parameters})"
         ) from None
+    except CodecError as error:
+        raise SettingsError(f"policy {name!r}: {error}") from None
 
 
 def _value(text: str) -> Any:

@@ -4,7 +4,7 @@ Inputs of convolutions and batch norms as block averages in bf16 plus a residual
 (`codecs/frequency.py`); linear layers are left alone, as in the published package. Nothing is
 allocated: that is its point. Where we differ: ragged edges have blocks of their own, planes that
 are too small to gain by it are kept, and a tensor read by a convolution and a batch norm is coded
-once.
+once. `faithful=True` leaves ragged edges out of the averages, as the published code does.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from fxcompress.passes.roles import BATCH_NORM, CONVOLUTION, roles
 from fxcompress.policies.base import Policy, Situation
 
 
-def division(b: int = 8, q: int = 2) -> Policy:
+def division(b: int = 8, q: int = 2, faithful: bool = False) -> Policy:
     """The policy ``division(b=…,q=…)``: blocks of b by b, residual at q bits.
 
-    Raises:
-        CodecError: values that the codec does not take.
+    Args:
+        faithful: average as the published code does at ragged edges.
     """
-    codec(f"frequency(block={b},bits={q})")
+    edges = ",edges=stretched" if faithful else ""
+    codec(f"frequency(block={b},bits={q}{edges})")  # raises now, not amid a compile
 
     def choose(situation: Situation) -> list[Choice]:
         bits = round(situation.level or q)
         return [
-            codable_choice(c, f"frequency(block={b},bits={bits},channels={c.channels})")
+            codable_choice(c, f"frequency(block={b},bits={bits},channels={c.channels}{edges})")
             if is_codable(c) and roles(c) & {CONVOLUTION, BATCH_NORM}
             else exact_choice(c)
             for c in situation.candidates

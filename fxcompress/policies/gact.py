@@ -10,12 +10,16 @@ unbiased codec that is about twice the variance which 1 bit on this tensor adds 
 we take it from one vector–Jacobian product for all tensors together (fxcompress.sensitivity).
 
 Where we differ: masks are exact (GACT quantizes a ReLU's output, and its mask flips), a tensor that
-two operators save is coded once, metadata is rounded before the codes are drawn.
+two operators save is coded once, metadata is rounded before the codes are drawn. `faithful=True`
+lets comparisons see the decoded values, as there; masks that the compiler saves in place of a
+tensor, and pooling indices, stay exact all the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 from fxcompress.choose import codable_choice, exact_choice, is_codable
 from fxcompress.errors import SettingsError
@@ -85,24 +89,32 @@ def adaptive(average: float) -> Callable[[Situation], Sequence[Choice]]:
 _PAPER = "(arXiv 2206.11357)"
 _LEVELS = tuple(b / 8 for b in range(64, 7, -1))
 
-POLICIES = (
-    *(
-        Policy(
-            f"gact-{level}",
-            f"GACT {level.upper()}: every float tensor of rank 2 to 4 at {bits} bits {_PAPER}",
-            fixed(bits),
-            levels=(8, 4, 2, 1),
-        )
-        for level, bits in (("l1", 4), ("l1.1", 8), ("l1.2", 2))
-    ),
-    *(
-        Policy(
-            f"gact-{level}",
-            f"GACT {level.upper()}: {bits} bits on average, by sensitivity {_PAPER}",
-            adaptive(bits),
-            calibrated=True,
-            levels=_LEVELS,
-        )
-        for level, bits in (("l2", 4), ("l2.1", 3), ("l2.2", 2))
-    ),
-)
+
+def level(name: str, bits: int, measured: bool, faithful: bool = False) -> Policy:
+    """The policy ``gact-l…(faithful=…)``: ``bits``, on average where ``measured``."""
+    choose = adaptive(bits) if measured else fixed(bits)
+
+    def flipping(situation: Situation) -> list[Choice]:
+        return [replace(c, exact_masks=False) for c in choose(situation)]
+
+    return Policy(
+        name,
+        f"GACT {name[5:].upper()}: "
+        + (
+            f"{bits} bits on average, by sensitivity {_PAPER}"
+            if measured
+            else f"every float tensor of rank 2 to 4 at {bits} bits {_PAPER}"
+        ),
+        flipping if faithful else choose,
+        calibrated=measured,
+        levels=_LEVELS if measured else (8, 4, 2, 1),
+    )
+
+
+MAKERS = {
+    f"gact-{number}": partial(level, f"gact-{number}", bits, measured)
+    for number, bits, measured in (
+        *(("l1", 4, False), ("l1.1", 8, False), ("l1.2", 2, False)),
+        *(("l2", 4, True), ("l2.1", 3, True), ("l2.2", 2, True)),
+    )
+}
