@@ -35,6 +35,11 @@ def small() -> Config:
     return Config(layers=4, width=256, heads=4, block=256)
 
 
+def tiny() -> Config:
+    """0.4 million parameters: to compare policies over several seeds on a CPU."""
+    return Config(layers=3, width=128, heads=4, block=64, dropout=0.0)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then an MLP, each added to the residual stream."""
 

@@ -26,12 +26,12 @@ from fxcompress.passes.rewrite import Choice, rewrite
 from fxcompress.peak import timeline
 from fxcompress.planner import tie_storages
 from fxcompress.policies import Situation, policy
-from fxcompress.record import Recorder, Recording, gradients, record
+from fxcompress.record import Recording, gradients
 from fxcompress.sensitivity import Sensitivity, price, sensitivity
 from fxcompress.solve import build, least_noise, least_saved
 from fxcompress.tools import models
 from fxcompress.tools.bench_step import describe, machine
-from fxcompress.tools.feed import Feed, feed, train
+from fxcompress.tools.feed import feed, recorded, train
 
 MB = 1e6
 MIN_BYTES = 16384
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, and with --json one line of JSON."""
-    names = list(dict.fromkeys(n.strip() for n in _split(args.policies) if n.strip()))
+    names = list(dict.fromkeys(n.strip() for n in split_policies(args.policies) if n.strip()))
     for name in (*names, *([args.match_bytes] if args.match_bytes else [])):
         policy(name)
     if args.ratio and args.match_bytes:
@@ -95,12 +95,12 @@ def run(args: argparse.Namespace) -> int:
         source, data = feed(task, args.data, args.batch, args.size, args.seed)
         loss = train(source, args.warm_steps)
         status.update("calibrating")
-        calibration = evidence_of(_recorded(source), _recorded(source))
+        calibration = evidence_of(recorded(source, MIN_BYTES), recorded(source, MIN_BYTES))
         if args.drift_steps:
             status.update("training on")
             loss = train(source, args.drift_steps)
         status.update("recording the batch to measure on")
-        recordings = _recorded(source)
+        recordings = recorded(source, MIN_BYTES)
         sensitivities = [sensitivity(r, is_codable, probes=2, seed=1) for r in recordings]
         exact = _flat(recordings, [r.cut for r in recordings])
         plain = sum(r.plain_saved_bytes for r in recordings)
@@ -133,18 +133,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"policies": {name: asdict(row) for name, row in rows.items()}, **about}))
     return 0
-
-
-def _recorded(source: Feed) -> tuple[Recording, ...]:
-    """The graphs of one step on the next batch."""
-    task = source()
-
-    def step(recorder: Recorder) -> None:
-        torch._dynamo.reset()
-        task.forward(torch.compile(task.model, backend=recorder)).backward()
-        task.model.zero_grad(set_to_none=True)
-
-    return record(step, MIN_BYTES)
 
 
 def _choose(
@@ -185,7 +173,7 @@ def _solved(recording: Recording, calibration: Calibration, limit: float) -> tup
     ladders = [ladder(c, 256, evidence.get(c.name)) for c in recording.candidates]
     memory = timeline(recording.cut, recording.candidates, channels_last=recording.channels_last)
     program = build(ladders, memory)
-    return least_noise(program, saved=limit) or least_saved(program)
+    return (least_noise(program, saved=limit) or least_saved(program)).choices
 
 
 def _share(recording: Recording, recordings: Sequence[Recording]) -> float:
@@ -259,7 +247,7 @@ def _flat(recordings: Sequence[Recording], cuts: Sequence[Any]) -> Tensor:
     return torch.cat(parts)
 
 
-def _split(text: str) -> list[str]:
+def split_policies(text: str) -> list[str]:
     """Policies apart at commas outside parentheses."""
     found, depth = [""], 0
     for character in text:

@@ -14,10 +14,13 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 from fxcompress.errors import FxCompressError
 from fxcompress.tools import (
+    bench_accuracy,
     bench_kernels,
     bench_noise,
     bench_step,
+    bench_zeros,
     demo,
+    doctor,
     dump,
     plan_command,
     viz_command,
@@ -58,12 +61,15 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "plan", plan_command, "what would become of a model's saved tensors")
     _add(commands, "dump", dump, "precision of every saved tensor; what changed between two plans")
     _add(commands, "viz", viz_command, "a plan as a page, a drawing, or data for other viewers")
+    _add(commands, "doctor", doctor, "what works on this machine, and what to do about the rest")
 
     benches = commands.add_parser("bench", help="benchmarks").add_subparsers(
         required=True, metavar="BENCH"
     )
     _add(benches, "step", bench_step, "memory, time and gradient error of a training step")
     _add(benches, "noise", bench_noise, "gradient noise of each policy at equal saved bytes")
+    _add(benches, "zeros", bench_zeros, "what exact zeros in the saved tensors would save")
+    _add(benches, "accuracy", bench_accuracy, "train with several policies, over several seeds")
     _add(benches, "kernels", bench_kernels, "GPU kernels as compiled, CPU kernels as measured")
 
     command = commands.add_parser("version", help="print the version")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +13,43 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxcompress.errors import FxCompressError
+from fxcompress.record import Recorder, Recording, record
 from fxcompress.tools import data
 from fxcompress.tools.models import Task
 
 Feed = Callable[[], Task]  # the task with the next batch
 
 
-def feed(task: Task, path: Path | None, batch: int, size: int, seed: int) -> tuple[Feed, str]:
+def feed(
+    task: Task, path: Path | None, batch: int, size: int, seed: int, part: str = "all"
+) -> tuple[Feed, str]:
     """(a function that gives the task with another batch each time, name of the data).
 
     Image classifiers get JPEG folders where a path is given and the digits of scikit-learn where
     none is; the GPT gets characters of a text file, or of this package's own sources. Other models
     keep the one batch they came with.
+
+    Args:
+        part: "all" of the data, or what is trained on ("train") and held out ("validation"): every
+            tenth image, or the last tenth of the text.
     """
     generator = torch.Generator().manual_seed(seed)
     kind = task.name.partition(":")[0]
-    if kind == "torchvision":
-        images = data.load(path, size, 4000)
+    if kind in {"torchvision", "cifar"}:
+        count = 4000 if kind == "torchvision" else 10_000
+        images = _part_of_images(_images(path, size, count), part)
 
         def next_images() -> Task:
             pixels, labels = images.batch(batch, generator)
-            return replace(task, inputs=(pixels,), loss=lambda out: F.cross_entropy(out, labels))
+            loss = partial(F.cross_entropy, target=labels)
+            return replace(task, inputs=(pixels,), loss=loss, labels=labels)
 
         return next_images, images.name
     if kind == "gpt":
         embedding: Any = task.model.embedding
         text, name = _characters(path, embedding.num_embeddings)
+        end = len(text) * 9 // 10
+        text = {"all": text, "train": text[:end], "validation": text[end:]}[part]
 
         def next_text() -> Task:
             starts = torch.randint(len(text) - size - 1, (batch,), generator=generator)
@@ -46,6 +58,29 @@ def feed(task: Task, path: Path | None, batch: int, size: int, seed: int) -> tup
 
         return next_text, name
     return lambda: task, "one fixed batch"
+
+
+def recorded(source: Feed, min_bytes: int) -> tuple[Recording, ...]:
+    """The graphs of one step on the next batch, with the real values in them."""
+    task = source()
+
+    def step(recorder: Recorder) -> None:
+        torch._dynamo.reset()
+        task.forward(torch.compile(task.model, backend=recorder)).backward()
+        task.model.zero_grad(set_to_none=True)
+
+    return record(step, min_bytes)
+
+
+_images = cache(data.load)  # of the same folder for each run of a benchmark
+
+
+def _part_of_images(images: data.Images, part: str) -> data.Images:
+    if part == "all":
+        return images
+    held_out = torch.arange(len(images.labels)) % 10 == 9
+    chosen = held_out if part == "validation" else ~held_out
+    return replace(images, pixels=images.pixels[chosen], labels=images.labels[chosen])
 
 
 def _characters(path: Path | None, vocabulary: int) -> tuple[Tensor, str]:

@@ -19,7 +19,8 @@ from fxcompress.errors import FxCompressError
 
 SPECS = """\
 torchvision:NAME   a torchvision classifier, 10 classes, random images of size x size
-gpt:small          the GPT of examples/gpt.py; size is the sequence length
+cifar:resnet20     the small ResNet of examples/resnet.py, for 32 x 32 images
+gpt:small          the GPT of examples/gpt.py, or gpt:tiny; size is the sequence length
 hf:NAME            transformers: a model type (gpt2, vit, ...) or a folder with config.json
 FILE.py:FUNCTION   FUNCTION(batch, size) -> (model, inputs, loss): a module, a tuple of its
                    arguments, and a function from its output to a scalar
@@ -39,6 +40,7 @@ class Task:
     inputs: tuple[Any, ...]
     loss: Callable[[Any], Tensor]
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    labels: Tensor | None = None  # of a classifier's batch, where they are known
 
     def forward(self, model: Callable[..., Any] | None = None) -> Tensor:
         """The loss of the batch, through `model` (a copy, or compiled) or the task's own."""
@@ -67,7 +69,7 @@ def load(spec: str, batch: int, size: int, device: str = "cpu") -> Task:
         raise ModelError(f"model {spec!r} is not understood; give one of:\n{SPECS}")
     if batch < 1 or size < 1:
         raise ModelError(f"--batch {batch} and --size {size} must be 1 or more")
-    makers = {"torchvision": _torchvision, "gpt": _gpt, "hf": _huggingface}
+    makers = {"torchvision": _torchvision, "cifar": _cifar, "gpt": _gpt, "hf": _huggingface}
     with torch.device(device):
         if kind in makers:
             task = makers[kind](name, batch, size)
@@ -106,19 +108,30 @@ def _torchvision(name: str, batch: int, size: int) -> Task:
 
 
 def _gpt(name: str, batch: int, size: int) -> Task:
-    path = Path(__file__).resolve().parents[1] / "examples" / "gpt.py"
-    if not path.is_file():
-        raise ModelError(
-            f"gpt:{name} lives in examples/gpt.py, and {path} is not there: install from a clone "
-            "of the repository with pip install -e ."
-        )
-    module = _module(path)
-    config = getattr(module, name, None)
-    if name != "small" or config is None:
-        raise ModelError(f"examples/gpt.py has no gpt:{name}; use gpt:small")
-    config = replace(config(), block=size)
+    module = _example("gpt")
+    if name not in {"small", "tiny"}:
+        raise ModelError(f"examples/gpt.py has no gpt:{name}; use gpt:small or gpt:tiny")
+    config = replace(getattr(module, name)(), block=size)
     tokens = torch.randint(config.vocabulary, (2, batch, size))
     return Task(name, module.GPT(config), (tokens[0], tokens[1]), lambda loss: loss)
+
+
+def _cifar(name: str, batch: int, size: int) -> Task:
+    made = getattr(_example("resnet"), name, None)
+    if made is None or not name.startswith("resnet"):
+        raise ModelError(f"examples/resnet.py has no {name!r}; use cifar:resnet20")
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
+    return Task(name, made(), (images,), lambda logits: F.cross_entropy(logits, labels))
+
+
+def _example(name: str) -> ModuleType:
+    path = Path(__file__).resolve().parents[1] / "examples" / f"{name}.py"
+    if not path.is_file():
+        raise ModelError(
+            f"this model lives in examples/{name}.py, and {path} is not there: install from a "
+            "clone of the repository with pip install -e ."
+        )
+    return _module(path)
 
 
 def _huggingface(name: str, batch: int, size: int) -> Task:
