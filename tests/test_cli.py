@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from fxcompress.errors import FxCompressError
+from fxcompress.kernels import cpu
 from fxcompress.plan import Plan
-from fxcompress.tools import cli
+from fxcompress.tools import cli, doctor
 
 FACTORY = """
 import torch
@@ -22,7 +25,7 @@ def factory(batch, size):
     model = nn.Sequential(*layers, nn.Linear(size, 1))
     return model, (torch.randn(batch, size),), lambda output: output.square().mean()
 """
-COMMANDS = ["demo", "plan", "dump", "bench step", "bench noise", "bench kernels"]
+COMMANDS = ["demo", "plan", "dump", "viz", "doctor", "bench step", "bench noise", "bench kernels"]
 
 
 @pytest.fixture
@@ -82,13 +85,12 @@ def test_help(command: str, capsys):
     assert "--debug" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["plan", "dump"])
-def test_examples_in_the_help_parse(command: str):
-    module = {"plan": cli.plan_command, "dump": cli.dump}[command]
+@pytest.mark.parametrize("module", [cli.plan_command, cli.dump, cli.viz_command, cli.doctor])
+def test_examples_in_the_help_parse(module):
     lines = [line.strip() for line in module.EXAMPLES.splitlines() if "fxcompress" in line]
     assert lines
     for line in lines:
-        words = line.split("|")[0].split(">")[0].split()
+        words = re.split("[|>#]", line)[0].split()
         cli._parser().parse_args(words[1:])
 
 
@@ -107,3 +109,50 @@ def test_json_output_is_only_json(tmp_path: Path, capsys):
     Plan("auto", None, (), 0, 0, note="nothing to gain").save(path)
     assert cli.main(["dump", str(path), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["tensors"] == []
+
+
+# --- doctor -------------------------------------------------------------------------------------
+
+
+def test_doctor_is_content_here(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    found = {f["subject"]: f for f in json.loads(capsys.readouterr().out)}
+    assert found["C++ compiler"]["state"] == "ok"
+    assert found["affine on cpu"]["found"] == "a C++ kernel"
+    assert "forward unchanged" in found["self-test on cpu"]["found"]
+    assert all(f["remedy"] == "" for f in found.values() if f["state"] == "ok")
+
+
+def test_doctor_names_the_remedy(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("FXCOMPRESS_BUDGET_MB", "plenty")
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(blocked / "cache"))
+    assert cli.main(["doctor", "--quick"]) == 1
+    out = capsys.readouterr().out
+    assert "FXCOMPRESS_BUDGET_MB='plenty'" in out
+    assert "set TORCHINDUCTOR_CACHE_DIR" in out
+
+
+def test_doctor_sees_a_kernel_that_disagrees(monkeypatch):
+    true = cpu.affine_encode
+
+    def wrong(x, payload, *rest):
+        true(x, payload, *rest)
+        payload[0] ^= 1
+
+    monkeypatch.setattr(cpu, "affine_encode", wrong)
+    states = {f.subject: f.state for f in doctor.lowerings("cpu")}
+    assert states["affine on cpu"] == "problem"
+    assert states["bits on cpu"] == "ok"
+
+
+@pytest.mark.parametrize(("version", "state"), [("2.10.0", "problem"), ("2.14.1+cpu", "ok")])
+def test_doctor_knows_the_versions(version: str, state: str):
+    assert doctor.pytorch(version).state == state
+
+
+def test_doctor_asks_for_the_versions_that_are_declared():
+    declared = next(r for r in metadata.requires("fxcompress") if r.startswith("torch<"))
+    for major, minor in doctor.SUPPORTED:
+        assert f"{major}.{minor}" in declared
