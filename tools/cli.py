@@ -15,6 +15,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 from fxcompress.errors import FxCompressError
 from fxcompress.tools import (
     bench_accuracy,
+    bench_codecs,
     bench_kernels,
     bench_noise,
     bench_step,
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(benches, "noise", bench_noise, "gradient noise of each policy at equal saved bytes")
     _add(benches, "zeros", bench_zeros, "what exact zeros in the saved tensors would save")
     _add(benches, "accuracy", bench_accuracy, "train with several policies, over several seeds")
+    _add(benches, "codecs", bench_codecs, "error of every codec beside the rate–distortion bound")
     _add(benches, "kernels", bench_kernels, "GPU kernels as compiled, CPU kernels as measured")
 
     command = commands.add_parser("version", help="print the version")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -11,6 +12,7 @@ from fxcompress.errors import FxCompressError
 
 if TYPE_CHECKING:
     from fxcompress.tools.bench_accuracy import Run
+    from fxcompress.tools.bench_codecs import Row as RateRow
 
 _EVERY = 25  # steps that a point of a curve averages over
 
@@ -55,6 +57,31 @@ def accuracy(runs: Sequence[Run], names: Sequence[str], path: Path, title: str) 
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def rate_distortion(rows: Sequence[RateRow], path: Path) -> None:
+    """Error against rate of every codec, a panel a source, beside the bound."""
+    plt = pyplot()
+    sources = list(dict.fromkeys(row.source for row in rows))
+    columns = min(3, len(sources))
+    lines = -(-len(sources) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 4.5 * lines), squeeze=False)
+    for panel, source in zip(axes.flat, sources, strict=False):
+        families: dict[str, list[RateRow]] = {}
+        for row in (r for r in rows if r.source == source):
+            family = re.sub(r"(bits|rate|beta|levels)=[\d.]+,?|\s[\d.]+$", "", row.codec)
+            families.setdefault(family.replace("(,", "(").replace("()", ""), []).append(row)
+        for family, found in families.items():
+            found = sorted(found, key=lambda r: r.rate)
+            panel.plot([r.rate for r in found], [r.error for r in found], marker="o", label=family)
+        rates = [0.1 * i for i in range(1, 85)]
+        panel.plot(rates, [2 ** (-2 * r) for r in rates], "k--", label="bound, white normal")
+        panel.set(yscale="log", xlabel="bits an element", ylabel="error / variance", title=source)
+        panel.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,0 +1,153 @@
+"""`fxcompress bench codecs`: error of every codec at its true rate, beside the theoretical bound.
+
+Error is the mean square of decoded − x over the variance of x, the rate all payload bits over the
+elements: scales and means are counted. No quantizer of a normal source has less error than
+2^(−2·rate); correlated tensors have a bound of their own, below that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fxcompress.choose import is_codable
+from fxcompress.codecs import Codec, codec
+from fxcompress.fit import at_rate, fit
+from fxcompress.sensitivity import sensitivity
+from fxcompress.tools import beyond, models, output
+from fxcompress.tools.bench_noise import MIN_BYTES
+from fxcompress.tools.bench_step import describe, machine
+from fxcompress.tools.feed import feed, recorded, train
+
+SPECS = (
+    *(f"affine(bits={b})" for b in (1, 2, 3, 4, 6, 8)),
+    *(f"affine(bits={b},rounding=nearest)" for b in (1, 2, 3, 4)),
+    *(f"dither(bits={b})" for b in (1, 2, 3, 4, 6, 8)),
+    *(f"rotate(bits={b})" for b in (1, 2, 3, 4, 5)),
+    *(f"rotate(bits={b},scale=lsq)" for b in (1, 2, 3, 4, 5)),
+    *(f"subsample(rate={r})" for r in (0.5, 0.25, 0.125)),
+    *(f"average(beta={b})" for b in (1.0, 0.5, 0.25)),
+    "frequency(block=8,bits=2)",
+    "magnitude(levels=4)",
+    "cast(format=e4m3)",
+    "cast(format=e5m2)",
+)
+RATES = (4.0, 3.0, 2.0, 1.5, 1.0, 0.5, 0.25)  # of transform codecs, on real tensors
+DRAWS = 8
+ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Row:
+    """One codec on one source; `bias` is the squared bias over the signal's variance."""
+
+    source: str
+    codec: str
+    rate: float
+    error: float
+    bias: float
+    bound: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `fxcompress bench codecs`."""
+    parser.add_argument(
+        "--model", action="append", default=[], help="saved tensors of this, too:\n" + models.SPECS
+    )
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", type=int, default=64, help="image side, or sequence length")
+    parser.add_argument("--data", type=Path, help="JPEG folders, or a text file for a GPT")
+    parser.add_argument("--warm-steps", type=int, default=100, help="AdamW steps beforehand")
+    parser.add_argument("--tensors", type=int, default=3, help="the largest of each model")
+    parser.add_argument(
+        "--beyond", action="store_true", help="quantizers that we do not ship, for comparison"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", type=Path, help="all codecs against the bound")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the tables, and with --json one line of JSON."""
+    torch.manual_seed(args.seed)
+    rows = [row for name, x in synthetic().items() for row in measure(name, x, SPECS)]
+    masks: list[dict[str, object]] = []
+    for name in args.model:
+        for label, first, second, axis in _saved(args, name):
+            rows += measure(label, second, SPECS)
+            fitted = fit(first, [torch.randn_like(first)], axis)
+            for rate in RATES:
+                for unbiased in (True, False):
+                    found = at_rate(fitted, rate, unbiased=unbiased)
+                    kind = "transform" if unbiased else "transform, bands dropped"
+                    rows.append(_row(label, f"{kind} {rate:g}", found, second))
+            masks += beyond.masks(label, second, [at_rate(fitted, r) for r in RATES])
+    for source in dict.fromkeys(row.source for row in rows):
+        shown = sorted((r for r in rows if r.source == source), key=lambda r: -r.rate)
+        columns = ["codec", "rate", "error", "bias", "bound"]
+        output.write_table(columns, [asdict(r) for r in shown], source)
+    others = beyond.quantizers() if args.beyond else []
+    for title, table in (("masks given the decoded tensor", masks), ("beyond", others)):
+        if table:
+            output.write_table(list(table[0]), table, title)
+    print(describe(machine()))
+    if args.plot:
+        from fxcompress.tools.plots import rate_distortion
+
+        rate_distortion(rows, args.plot)
+    if args.json:
+        found = {"codecs": [asdict(r) for r in rows], "masks": masks, "beyond": others}
+        print(json.dumps({**found, "seed": args.seed, "machine": machine()}))
+    return 0
+
+
+def synthetic() -> dict[str, Tensor]:
+    """Independent samples of three sources."""
+    normal = torch.randn(ELEMENTS)
+    laplace = torch.distributions.Laplace(0.0, 1.0).sample((ELEMENTS,))
+    return {"normal": normal, "Laplace": laplace, "ReLU of normal": torch.randn(ELEMENTS).relu()}
+
+
+def measure(source: str, x: Tensor, specs: Sequence[str]) -> list[Row]:
+    """A row for each codec on x."""
+    return [_row(source, spec, codec(spec), x) for spec in specs]
+
+
+def _row(source: str, name: str, found: Codec, x: Tensor) -> Row:
+    total, square = torch.zeros(x.shape, dtype=torch.float64), 0.0
+    for draw in range(DRAWS):
+        key = torch.tensor([0x1234567890ABCDEF, draw])
+        payload = found.encode(x, key, 1)
+        error = found.decode(payload, x.shape, x.dtype, key, 1).double() - x.double()
+        total += error
+        square += float(error.square().mean()) / DRAWS
+    variance = float(x.double().var(correction=0))
+    rate = 8 * payload.numel() / x.numel()
+    mean = float((total / DRAWS).square().mean())
+    bias = max((mean - square / DRAWS) / (1 - 1 / DRAWS), 0.0)  # without what chance gives
+    return Row(source, name, rate, square / variance, bias / variance, 2 ** (-2 * rate))
+
+
+def _saved(args: argparse.Namespace, name: str) -> list[tuple[str, Tensor, Tensor, int]]:
+    """(label, values on one batch, on another, channel axis) of a model's largest saved tensors."""
+    task = models.load(name, args.batch, args.size)
+    source, _ = feed(task, args.data, args.batch, args.size, args.seed)
+    train(source, args.warm_steps)
+    both = [recorded(source, MIN_BYTES)[0] for _ in range(2)]
+    first, second = (sensitivity(r, is_codable).tensors for r in both)
+    largest = sorted(range(len(first)), key=lambda i: -first[i].values.numel())[: args.tensors]
+    return [
+        (
+            f"{name} {first[i].candidate.name} {'×'.join(map(str, first[i].values.shape))}",
+            first[i].values,
+            second[i].values,
+            first[i].candidate.channels,
+        )
+        for i in sorted(largest)
+    ]
