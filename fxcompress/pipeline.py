@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from fxcompress import __version__, report, torch_private
+from fxcompress import __version__, artefacts, report, torch_private
 from fxcompress.errors import BudgetError, SettingsError
 from fxcompress.evidence import TensorEvidence, signature
 from fxcompress.ledger import Ledger
@@ -69,7 +69,9 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
             return plain
         try:
             cut = pair(*plain, kwargs["num_fwd_outputs"], static)
-            return self._compress(cut.copy()) or plain
+            compressed = self._compress(cut.copy())
+            artefacts.show_graphs(next(reversed(self.plans)), plain, compressed)
+            return compressed or plain
         except (BudgetError, SettingsError):
             raise
         except CaptureError as error:
@@ -132,6 +134,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         key = report.store(plan)
         self.ledger.record(key)
         self.plans[key] = None
+        artefacts.show_plan(key, plan)
         return key
 
 

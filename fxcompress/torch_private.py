@@ -448,6 +448,17 @@ def cache_dir() -> Path:
     return Path(directory())
 
 
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Add a text to PyTorch's structured trace, which tlparse shows; not made where none is written.
+
+    `torch._logging.trace_structured` (2.3 to 2.15).
+    """
+    from torch._logging import trace_structured
+
+    about = {"name": name, "encoding": "string"}
+    trace_structured("artifact", metadata_fn=lambda: about, payload_fn=text)
+
+
 def frame_id() -> object:
     """Which piece of user code is being compiled: equal for recompiles of the same piece.
 
