@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxcompress import torch_private
 from fxcompress.choose import is_codable
 from fxcompress.errors import FxCompressError
 from fxcompress.evaluate import evaluate
@@ -66,7 +67,8 @@ def calibrate(
     recorder = Recorder(min_bytes)
     compiled = torch.compile(copied, backend=recorder)
     recorded = []
-    with torch.random.fork_rng():
+    # A batch smaller than the training's must not make that one's sizes symbolic: another graph.
+    with torch.random.fork_rng(), torch_private.sizes_forgotten():
         for batch in batches:
             of_output(call(compiled, batch)).backward()
             recorded.append(recorder.recordings())

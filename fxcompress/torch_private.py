@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -153,6 +154,24 @@ def outside_compile() -> Iterator[None]:
             yield
     finally:
         setattr(holder, name, outer)
+
+
+@contextmanager
+def sizes_forgotten() -> Iterator[None]:
+    """Sizes that Dynamo sees meanwhile do not make it compile for any size afterwards.
+
+    `torch._dynamo.pgo.get_code_state` (2.6 to 2.15) holds the sizes seen at each place in the
+    source, whichever module was compiled there.
+    """
+    from torch._dynamo import pgo
+
+    state = pgo.get_code_state()
+    before = copy.deepcopy(dict(state))
+    try:
+        yield
+    finally:
+        state.clear()
+        state.update(before)
 
 
 def size_hint(size: Any) -> int:

@@ -1,0 +1,264 @@
+"""Calibration: what is measured is what happens; nothing else changes; files that are damaged."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxcompress
+from fxcompress import Calibration, calibrate, rng
+from fxcompress.calibrate import evidence_of
+from fxcompress.choose import codable_choice, exact_choice, is_codable
+from fxcompress.codecs import codec, states
+from fxcompress.errors import FxCompressError
+from fxcompress.evidence import TensorEvidence, signature
+from fxcompress.ladder import specs
+from fxcompress.passes.analyse import analyse
+from fxcompress.passes.rewrite import rewrite
+from fxcompress.record import Recorder, Recording, gradients
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No graphs of other tests; states apart from the user's."""
+    monkeypatch.setattr(states, "_path", lambda name: tmp_path / f"state-{name}.npz")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 8 * 8, 48),
+        nn.GELU(),
+        nn.Dropout(0.2),
+        nn.Linear(48, 10),
+    )
+
+
+def images(batch: int = 8) -> Tensor:
+    return torch.randn(batch, 3, 16, 16)
+
+
+def recorded(model: nn.Module, x: Tensor) -> Recording:
+    recorder = Recorder(0)
+    torch.compile(model, backend=recorder)(x).square().sum().backward()
+    (found,) = recorder.recordings()
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[Recording, Mapping[str, TensorEvidence]]:
+    """A recorded step and its evidence."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    recording = recorded(network(), images())
+    evidence = evidence_of([recording], probes=4).of(signature(recording.cut))
+    assert evidence is not None
+    return recording, evidence
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten().double() for t in tensors])
+
+
+# ---- what is measured ----
+
+
+@pytest.mark.parametrize("spec", ["affine(bits=4)", "dither(bits=4)", "rotate(bits=3)"])
+def test_prices_add_up_to_the_measured_noise(
+    measured: tuple[Recording, Mapping[str, TensorEvidence]], spec: str
+) -> None:
+    recording, evidence = measured
+    cut = recording.cut.copy()
+    candidates = analyse(cut, 0, channels_last=recording.channels_last)
+    choices = [codable_choice(c, spec) if is_codable(c) else exact_choice(c) for c in candidates]
+    predicted = sum(
+        evidence[c.candidate.name].prices[spec].variance
+        for c in choices
+        if c.representation == spec
+    )
+    rewritten = rewrite(cut, choices, "plan", channels_last=recording.channels_last)
+    exact = flat(gradients(recording, recording.cut))
+    rng.manual_seed(1)
+    errors = torch.stack([flat(gradients(recording, rewritten)) - exact for _ in range(40)])
+    rng.manual_seed(None)
+    found = float(errors.square().sum(1).mean() / exact.square().sum())
+    assert predicted == pytest.approx(found, rel=0.2)
+    assert predicted > 1e-5
+    bias = float(errors.mean(0).square().sum() / exact.square().sum())
+    assert bias < 3 * found / 40
+
+
+def test_every_rung_of_every_codable_tensor_is_priced(
+    measured: tuple[Recording, Mapping[str, TensorEvidence]],
+) -> None:
+    recording, evidence = measured
+    assert set(evidence) == {c.name for c in recording.candidates if is_codable(c)}
+    for found in evidence.values():
+        assert set(found.prices) >= set(specs())
+        for family, widths in (("affine", range(1, 9)), ("rotate", range(1, 6))):
+            noise = [found.prices[codec(f"{family}(bits={b})").spec].variance for b in widths]
+            assert noise == sorted(noise, reverse=True)
+        assert all(price.bias == 0 for spec, price in found.prices.items() if codec(spec).unbiased)
+        assert found.norm_price > 0
+        for spec in found.transforms.values():
+            assert spec in found.prices
+
+
+def test_layers_report_their_gradients_and_ranges() -> None:
+    model, x = nn.Sequential(nn.Linear(40, 60), nn.GELU(), nn.Linear(60, 7)), torch.randn(9, 40)
+    evidence = evidence_of([recorded(copy.deepcopy(model), x)]).graphs[0].tensors
+    hidden = model[0](x)
+    y = model[2](torch.nn.functional.gelu(hidden))
+    (gradient,) = torch.autograd.grad(y.square().sum(), y)
+    (found,) = evidence.values()  # the GELU's input; its output is rebuilt from it
+    assert found.grad_square == pytest.approx(float(gradient.square().sum()) / 9, rel=1e-4)
+    spans = (hidden.amax(1) - hidden.amin(1)).square()
+    assert found.sample_ranges == pytest.approx(spans.tolist(), rel=1e-4)
+
+
+def test_a_smaller_batch_calibrates_the_graph_that_is_trained() -> None:
+    model = network()
+    calibration = calibrate(model, images(4), images(4), min_bytes=0)
+    trained = recorded(copy.deepcopy(model), images(16))  # Dynamo has seen both sizes by now
+    assert calibration.of(signature(trained.cut)) is not None
+    other = recorded(nn.Sequential(model, nn.Tanh()), images(16))
+    assert calibration.of(signature(other.cut)) is None
+
+
+def test_prices_hold_on_the_next_batch() -> None:
+    model, first, second = network(), images(), images()
+    one, other = calibrate(model, first, min_bytes=0), calibrate(model, second, min_bytes=0)
+    total = [
+        sum(t.prices["affine(bits=4)"].variance for t in c.graphs[0].tensors.values())
+        for c in (one, other)
+    ]
+    assert total[0] == pytest.approx(total[1], rel=0.5)
+    both = calibrate(model, first, second, min_bytes=0)
+    assert both.batches == 2
+
+
+# ---- what is left alone ----
+
+
+def test_model_and_random_state_are_left_alone() -> None:
+    model, x = network(), images()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    calibrate(model, x, min_bytes=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_batches_may_be_tuples_and_dicts() -> None:
+    class Add(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.inner(torch.tanh(self.inner(x)) + y)
+
+    x, y = torch.randn(2, 64, 32)
+    found = [
+        calibrate(Add(), batch, min_bytes=0, loss=torch.sum) for batch in ((x, y), {"x": x, "y": y})
+    ]
+    assert found[0].graphs[0].signature == found[1].graphs[0].signature
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "remedy"),
+    [
+        (nn.Linear(4, 4).requires_grad_(False), [torch.randn(2, 4)], "requires a gradient"),
+        (nn.Linear(4, 4), [], r"calibrate\(model, batch\)"),
+        (nn.Sequential(nn.Linear(4, 4), nn.Flatten(0)), [torch.randn(2, 4)], ""),
+    ],
+)
+def test_what_cannot_be_calibrated(model: nn.Module, batches: list[Tensor], remedy: str) -> None:
+    if remedy:
+        with pytest.raises(FxCompressError, match=remedy):
+            calibrate(model, *batches)
+    else:
+        assert calibrate(model, *batches).graphs  # nothing worth coding, but no error
+
+
+def test_a_loss_is_asked_for_where_none_follows() -> None:
+    class Labels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).argmax(-1)
+
+    with pytest.raises(FxCompressError, match="pass loss="):
+        calibrate(Labels(), torch.randn(2, 4))
+
+
+# ---- files ----
+
+
+def test_saved_and_loaded_with_its_states(tmp_path: Path) -> None:
+    calibration = calibrate(network(), images(), min_bytes=0)
+    path = tmp_path / "calibration.json"
+    calibration.save(path)
+    specs_of = [s for t in calibration.graphs[0].tensors.values() for s in t.transforms.values()]
+    assert specs_of
+    found = codec(specs_of[0])
+    names = (found.basis, found.rates)  # type: ignore[attr-defined]
+    for name in names:  # as on another machine
+        (tmp_path / f"state-{name}.npz").unlink(missing_ok=True)
+        states._states.pop(name)
+    loaded = Calibration.load(path)
+    assert loaded == calibration
+    assert loaded.key() == calibration.key()
+    assert all(states.arrays(name) for name in names)
+    changed = replace(calibration, weighting="relative")
+    assert changed.key() != calibration.key()
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    calibration = calibrate(nn.Sequential(nn.Linear(32, 64), nn.Tanh()), torch.randn(64, 32))
+    text = calibration.to_json()
+    path = tmp_path / "calibration.json"
+    data = json.loads(text)
+    without = {k: v for k, v in data.items() if k != "graphs"}
+    broken = {**data, "states": {"0" * 16: "bm90IGEgc3RhdGU="}}
+    for content in (
+        "",
+        "{}",
+        "[]",
+        text[: len(text) // 2],
+        json.dumps(without),
+        json.dumps(broken),
+    ):
+        path.write_text(content)
+        with pytest.raises(FxCompressError):
+            Calibration.load(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(FxCompressError, match="not a calibration file"):
+        Calibration.load(path)
+    path.write_text(json.dumps({**data, "format": 99}))
+    with pytest.raises(FxCompressError, match="another version"):
+        Calibration.load(path)
+    with pytest.raises(FxCompressError, match="there is no calibration"):
+        Calibration.load(tmp_path / "nowhere.json")
+    with pytest.raises(FxCompressError):
+        fxcompress.backend(calibration=str(tmp_path / "nowhere.json"))
