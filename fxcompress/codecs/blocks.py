@@ -58,8 +58,7 @@ def pooled(
 
 def whole(size: int, block: int) -> int:
     """Positions in whole blocks; all of them where there is none. May be a SymInt."""
-    found: int = torch.sym_max(size // block * block, torch.sym_min(size, block))
-    return found
+    return torch.sym_max(size // block * block, torch.sym_min(size, block))  # type: ignore
 
 
 def samples(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
