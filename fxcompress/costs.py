@@ -1,0 +1,186 @@
+"""Costs: the time of a step, and what each representation adds to it.
+
+Codecs are timed once on each machine and device, in nanoseconds an element, encode and decode
+together; the table is kept beside Inductor's cache, so that a later process plans alike. The step
+is estimated from its matrix products and its saved bytes, at rates measured with the table: what
+matters to a plan is the proportion of the two. On a CPU all is measured on one thread in its own
+time: by the clock, on a busy machine, two threads that wait for each other took 200 times as long.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import flop_counter
+
+from fxcompress import torch_private
+from fxcompress.codecs import codec, states
+from fxcompress.codecs.transform import RATES, Transform, coder
+from fxcompress.passes.analyse import Candidate, saved_bytes
+from fxcompress.passes.capture import Cut
+from fxcompress.passes.rewrite import Choice
+
+log = logging.getLogger("fxcompress")
+
+FORMAT = 2
+# Each saved byte is written, read again in the backward, and has a gradient that is written and
+# read, and as much again is moved on the way: an estimate for what no matrix product counts.
+MOVES = 6
+_ELEMENTS = 1 << 19
+_COPIED = 1 << 23  # so much that the allocator asks the system for it
+_REPEATS = 5
+_SIDE = 384  # of the matrices that are multiplied to see how fast
+_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a device is.
+
+    Attributes:
+        coders: nanoseconds an element, encode and decode, by codec spec.
+        basis: of changing basis there and back, in blocks of 64 channels.
+        flops, bytes: a second, of a matrix product and of a copy into fresh memory.
+    """
+
+    coders: Mapping[str, float]
+    basis: float
+    flops: float
+    bytes: float
+
+
+def step_seconds(cut: Cut, candidates: Sequence[Candidate], found: Rates) -> float:
+    """Estimated time of plain forward and backward."""
+    flops = sum(_flops(n) for m in (cut.forward, cut.backward) for n in m.graph.nodes)
+    return flops / found.flops + MOVES * saved_bytes(candidates) / found.bytes
+
+
+def added_seconds(choice: Choice, found: Rates) -> float:
+    """Time that encoding and decoding add to a step; masks, packed by all, do not count."""
+    if choice.codec_spec is None:
+        return 0.0
+    candidate = choice.candidate
+    elements = candidate.own_bytes / candidate.fake.element_size()
+    into_fresh_memory = candidate.own_bytes / found.bytes
+    return elements * _nanoseconds(choice.codec_spec, found) * 1e-9 + into_fresh_memory
+
+
+@cache
+def rates(device: str) -> Rates:
+    """The table of a device type, measured if this machine has none yet (about a second)."""
+    path = torch_private.cache_dir() / "fxcompress" / f"rates-{FORMAT}-{device}.json"
+    try:
+        return Rates(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        pass
+    with torch_private.outside_compile(), torch.no_grad(), torch.random.fork_rng(), _one_thread():
+        found = _measure(torch.device(device))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{time.monotonic_ns()}")
+        fresh.write_text(json.dumps(asdict(found)), encoding="utf-8")
+        fresh.replace(path)
+    except OSError as error:
+        log.info("the table of codec times is not kept: %s", error)
+    return found
+
+
+def _measure(device: torch.device) -> Rates:
+    from fxcompress.fit import at_rate, fit
+    from fxcompress.ladder import specs
+
+    x = torch.randn(_ELEMENTS // _WIDTH, _WIDTH, device=device)
+    key = torch.tensor([1, 2], device=device)
+
+    def both_ways(spec: str) -> float:
+        found = codec(spec)
+        seconds = _seconds(
+            lambda: found.decode(found.encode(x, key, 1), x.shape, x.dtype, key, 1), device
+        )
+        return round(seconds / x.numel() * 1e9, 3)
+
+    coders = {spec: both_ways(spec) for spec in specs()}
+    fitted = at_rate(fit(x, [torch.randn_like(x)], -1), 2.0)
+    basis = both_ways(fitted.spec) - _of_bands(fitted, coders)
+    square = torch.randn(_SIDE, _SIDE, device=device)
+    multiply = _seconds(lambda: square @ square, device)
+    large = torch.empty(_COPIED, device=device)
+    return Rates(
+        coders,
+        max(basis, 0.0),
+        round(2 * _SIDE**3 / multiply, -8),
+        round(large.nbytes / _seconds(large.clone, device), -8),
+    )
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """The fastest of a few calls: what disturbs them only makes them slower."""
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    times = []
+    for _ in range(_REPEATS + 1):
+        _wait(device)
+        start = clock()
+        call()
+        _wait(device)
+        times.append(clock() - start)
+    return min(times[1:])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _nanoseconds(spec: str, found: Rates) -> float:
+    """Of one element; a spec that was not timed takes as long as its nearest kin."""
+    if spec in found.coders:
+        return found.coders[spec]
+    given = codec(spec)
+    if isinstance(given, Transform):
+        return found.basis + _of_bands(given, found.coders)
+    kin = [v for k, v in found.coders.items() if k.startswith(given.name)]
+    return max(kin or found.coders.values())
+
+
+def _of_bands(given: Transform, coders: Mapping[str, float]) -> float:
+    """What the coders inside take, an element of the whole tensor."""
+    inside = [coder(RATES[n]) for n in states.arrays(given.rates)["rates"]]
+    return sum(coders[c.spec.replace(",mean=none", "")] for c in inside if c) / len(inside)
+
+
+def _flops(node: fx.Node) -> float:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return 0.0
+    formula = flop_counter.flop_registry.get(target.overloadpacket)
+    if formula is None:
+        return 0.0
+    args, kwargs = torch.utils._pytree.tree_map_only(
+        fx.Node, lambda n: n.meta.get("val"), (node.args, node.kwargs)
+    )
+    try:
+        return float(
+            torch_private.size_hint(formula(*args, **kwargs, out_val=node.meta.get("val")))
+        )
+    except Exception as error:  # a formula for another form of the operator: an estimate goes on
+        log.debug("no count of operations for %s: %s", node.name, error)
+        return 0.0
