@@ -45,8 +45,8 @@ def automatic(
         graph: name of the graph under these settings (:func:`fxcompress.report.graph_key`).
     """
     found = policy(settings.policy)
-    bounded = settings.budget_bytes is not None or settings.ratio_saved is not None
-    wanted = found.calibrated or (found.solves and bounded and settings.plan is None)
+    solves = found.solves and settings.is_bounded and settings.plan is None
+    wanted = found.calibrated or solves
     if not wanted or settings.calibration is not None or not _is_trained(inputs):
         return None
     stored = report.recall_calibration(graph)

@@ -18,27 +18,42 @@ class Ledger:
     Attributes:
         saved: by Dynamo frame, or by plan key where only the plan is known.
         plans: keys of the plans already counted.
+        plain: what plain Inductor would save in each.
     """
 
     saved: dict[object, int] = field(default_factory=dict)
     plans: set[str] = field(default_factory=set)
+    plain: dict[object, int] = field(default_factory=dict)
 
     def reserved(self) -> int:
         """Bytes that graphs other than the one now compiled keep saved."""
-        current = torch_private.frame_id()
-        return sum(size for frame, size in self.saved.items() if frame != current)
+        return _others(self.saved)
+
+    def reserved_plain(self) -> int:
+        """The same if those graphs were left to plain Inductor."""
+        return _others(self.plain)
 
     def record(self, plan_key: str) -> None:
         """Count the graph now compiled, in place of an earlier compile of the same frame."""
-        self.plans.add(plan_key)
-        self.saved[torch_private.frame_id()] = report.read(plan_key).saved_bytes
+        self._count(plan_key, torch_private.frame_id())
 
     def learn(self, plan_key: str, frame: object = None) -> None:
         """Count a graph that runs without having been compiled here: from the on-disk cache."""
         if plan_key not in self.plans:
-            self.plans.add(plan_key)
-            self.saved[plan_key if frame is None else frame] = report.read(plan_key).saved_bytes
+            self._count(plan_key, plan_key if frame is None else frame)
+
+    def _count(self, plan_key: str, frame: object) -> None:
+        plan = report.read(plan_key)
+        self.plans.add(plan_key)
+        self.saved[frame] = plan.saved_bytes
+        self.plain[frame] = plan.saved_bytes_before
 
     def key(self) -> str:
-        """What the ledger adds to a cache key: the bytes it withholds from the next plan."""
-        return f"reserved={self.reserved()}"
+        """What the ledger adds to a cache key: what other graphs withhold from the next plan."""
+        return f"reserved={self.reserved()},{self.reserved_plain()}"
+
+
+def _others(sizes: dict[object, int]) -> int:
+    """Of the frames other than the one now compiled, together."""
+    current = torch_private.frame_id()
+    return sum(size for frame, size in sizes.items() if frame != current)

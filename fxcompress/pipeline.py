@@ -12,6 +12,8 @@ from typing import Any
 from torch import fx
 
 from fxcompress import __version__, artefacts, report, torch_private
+from fxcompress.decision import baseline, leave_alone, reason_to_leave
+from fxcompress.describe import describe
 from fxcompress.errors import BudgetError, SettingsError
 from fxcompress.evidence import TensorEvidence, signature
 from fxcompress.ledger import Ledger
@@ -22,7 +24,7 @@ from fxcompress.passes.rebase import rebase
 from fxcompress.passes.recompute import recompute
 from fxcompress.passes.rewrite import KEEP, rewrite
 from fxcompress.plan import Plan
-from fxcompress.planner import baseline, describe, leave_alone, make_plan, reason_to_leave
+from fxcompress.planner import make_plan
 from fxcompress.policies import policy
 from fxcompress.settings import Settings
 
@@ -87,7 +89,8 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         lays_out = settings.inner == "inductor"
         channels_last = lays_out and torch_private.prefers_channels_last(cut.forward)
         cut = rebase(cut)
-        plain = baseline(cut, settings.min_bytes, reserved, channels_last=channels_last)
+        others = (reserved, self.ledger.reserved_plain())
+        plain = baseline(cut, settings.min_bytes, *others, channels_last=channels_last)
         if not plain.candidates:
             self._declined("left as plain Inductor: nothing is saved for the backward")
             return None

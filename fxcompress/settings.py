@@ -32,6 +32,11 @@ class Settings:
         policy: a name from :func:`fxcompress.policies`.
         seed: seed of the rounding noise; None follows ``torch.manual_seed``.
         ratio_saved: for ``policy="auto"``: aim at 1/ratio_saved of plain Inductor's saved bytes.
+        ratio: bound on the peak as a share: 1/ratio of plain Inductor's modelled peak.
+        max_grad_error: for ``policy="auto"``: the lowest peak at which the predicted relative error
+            of the gradient is at most this: the root of the tensors' predicted squared errors
+            summed, over the norm of each graph's own parameter gradients. Tensors whose noise
+            could not be measured are not coded.
         inner: ``"inductor"``, or ``"aot_eager"`` for quick debugging without code generation.
         group: elements that share one scale and minimum.
         min_bytes: saved tensors smaller than this are left alone.
@@ -46,6 +51,8 @@ class Settings:
     policy: str = "auto"
     seed: int | None = None
     ratio_saved: float | None = None
+    ratio: float | None = None
+    max_grad_error: float | None = None
     inner: str = "inductor"
     group: int = 256
     min_bytes: int = 16384
@@ -74,8 +81,6 @@ class Settings:
             if not is_absent and (not isinstance(value, kind) or isinstance(value, bool)):
                 raise SettingsError(f"{name}={value!r} is not {article}")
         check_policy(self.policy)
-        if self.plan is not None and (self.policy != "auto" or self.ratio_saved is not None):
-            raise SettingsError("a plan has its own choices: drop policy and ratio_saved")
         if self.budget_mb is not None and not (
             math.isfinite(self.budget_mb) and self.budget_mb > 0
         ):
@@ -83,20 +88,21 @@ class Settings:
                 f"budget_mb={self.budget_mb!r} is not a positive number of megabytes; give the "
                 "activation memory the step may use, e.g. budget_mb=4000, or None for no bound"
             )
-        if self.ratio_saved is not None and not (
-            math.isfinite(self.ratio_saved) and self.ratio_saved >= 1
+        for name, what in (("ratio_saved", "saved bytes"), ("ratio", "peak")):
+            ratio = getattr(self, name)
+            if ratio is not None and not (math.isfinite(ratio) and ratio >= 1):
+                raise SettingsError(
+                    f"{name}={ratio!r} must be 1 or more: {name}=8 asks for an eighth of plain "
+                    f"Inductor's {what}"
+                )
+        if self.max_grad_error is not None and not (
+            math.isfinite(self.max_grad_error) and self.max_grad_error >= 0
         ):
             raise SettingsError(
-                f"ratio_saved={self.ratio_saved!r} must be 1 or more: ratio_saved=8 asks for an "
-                "eighth of plain Inductor's saved bytes"
+                f"max_grad_error={self.max_grad_error!r} must be 0 or more: 0.1 allows an error of "
+                "a tenth of the gradient's norm"
             )
-        if self.ratio_saved is not None and self.budget_mb is not None:
-            raise SettingsError("give budget_mb or ratio_saved, not both")
-        if self.ratio_saved is not None and not policy(self.policy).solves:
-            raise SettingsError(
-                f"ratio_saved needs a policy that chooses bits; policy={self.policy!r} has its own "
-                'bytes. Use policy="auto" or drop ratio_saved'
-            )
+        self._check_together()
         if self.inner not in INNER_COMPILERS:
             raise SettingsError(
                 f"inner={self.inner!r} is not known; choose one of {', '.join(INNER_COMPILERS)}"
@@ -105,6 +111,27 @@ class Settings:
             raise SettingsError(f"group={self.group} must be a multiple of 8, 8 or more")
         if self.min_bytes < 0:
             raise SettingsError(f"min_bytes={self.min_bytes} must be 0 or more")
+
+    def _check_together(self) -> None:
+        """At most one bound, and a policy that can meet it."""
+        bounds = [b for b in _BOUNDS if getattr(self, b) is not None]
+        if len(bounds) > 1:
+            raise SettingsError(f"give {' or '.join(bounds)}, not both")
+        of_auto = [b for b in bounds if b in {"ratio_saved", "max_grad_error"}]
+        if of_auto and self.plan is None and not policy(self.policy).solves:
+            raise SettingsError(
+                f"{of_auto[0]} needs a policy that chooses bits; policy={self.policy!r} has its "
+                f'own bytes. Use policy="auto" or drop {of_auto[0]}'
+            )
+        if self.plan is not None and (self.policy != "auto" or of_auto):
+            raise SettingsError(
+                f"a plan has its own choices: drop {of_auto[0] if of_auto else 'policy'}"
+            )
+
+    @property
+    def is_bounded(self) -> bool:
+        """Memory or noise is bounded, so that ``policy="auto"`` has something to solve."""
+        return any(getattr(self, b) is not None for b in _BOUNDS)
 
     @property
     def budget_bytes(self) -> int | None:
@@ -134,6 +161,8 @@ _PARSERS: dict[str, Any] = {
     "policy": str,
     "seed": int,
     "ratio_saved": float,
+    "ratio": float,
+    "max_grad_error": float,
     "inner": str,
     "group": int,
     "min_bytes": int,
@@ -148,7 +177,8 @@ _KINDS: dict[Any, tuple[type, str]] = {
     int: (numbers.Integral, "a whole number"),
     str: (str, "a text"),
 }
-_OPTIONAL = frozenset({"budget_mb", "seed", "ratio_saved"})
+_BOUNDS = ("budget_mb", "ratio", "ratio_saved", "max_grad_error")
+_OPTIONAL = frozenset({*_BOUNDS, "seed"})
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""Describe: a decision as data for the report, a row for each tensor that plain Inductor saves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fxcompress.choose import bytes_of, mask_bytes
+from fxcompress.codecs import codec
+from fxcompress.decision import Baseline, Decision
+from fxcompress.passes import properties as prop
+from fxcompress.passes.analyse import Candidate
+from fxcompress.passes.rewrite import KEEP, Choice
+from fxcompress.plan import Alternative, Plan, TensorPlan
+from fxcompress.program import Option
+from fxcompress.provenance import module_path, source_line
+from fxcompress.settings import Settings
+
+
+def describe(decision: Decision, plain: Baseline, settings: Settings) -> Plan:
+    """The decision as data for the report: a row for each tensor that plain Inductor saves."""
+    masks = mask_bytes(decision.choices)
+    chosen = {c.candidate.name: c for c in decision.choices}
+    before = {c.name: c.storage_bytes for c in plain.candidates}
+    rows = [
+        _row(chosen[c.name], masks, c.storage_bytes, decision.ladders.get(c.name, ()))
+        if c.name in chosen
+        else _rebuilt(c)
+        for c in plain.candidates
+    ]
+    # Statistics that a recomputation needs are saved although plain Inductor does not.
+    rows += [
+        _row(c, masks, 0, decision.ladders.get(name, ()))
+        for name, c in chosen.items()
+        if name not in before
+    ]
+    return Plan(
+        policy=settings.policy,
+        budget_mb=settings.budget_mb,
+        tensors=tuple(rows),
+        plain_peak_bytes=plain.whole_peak,
+        planned_peak_bytes=decision.planned_peak,
+        note=decision.note,
+        calibrated=decision.calibrated,
+        timeline=decision.timeline,
+        gap=decision.gap,
+    )
+
+
+def _noise_of(choice: Choice, options: Sequence[Option]) -> float | None:
+    """What the planner took the choice to add; None for a codec that is not on its ladder."""
+    if choice.codec_spec is None or codec(choice.codec_spec).lossless:
+        return 0.0
+    return next(
+        (o.noise for o in options if o.choice.representation == choice.representation), None
+    )
+
+
+def _rebuilt(candidate: Candidate) -> TensorPlan:
+    row = _row(Choice(candidate, KEEP), {}, candidate.storage_bytes)
+    steps = f"{len(candidate.recompute)} steps" if candidate.recompute else "pointwise steps"
+    reason = f"rebuilt by {steps} from another saved tensor"
+    return replace(row, representation="recompute", bytes_after=0, reason=reason)
+
+
+def _row(
+    choice: Choice, masks: dict[str, int], before: int, options: Sequence[Option] = ()
+) -> TensorPlan:
+    candidate = choice.candidate
+    node, fake = candidate.saved.forward, candidate.fake
+    return TensorPlan(
+        name=candidate.name,
+        module=module_path(node),
+        source=source_line(node),
+        op=prop.op_name(node),
+        shape=tuple(s if isinstance(s, int) else str(s) for s in fake.shape),
+        dtype=str(fake.dtype),
+        storage_bytes=before,
+        smooth_readers=tuple(prop.op_name(n) for n in candidate.smooth),
+        exact_readers=tuple(prop.op_name(n) for n in candidate.exact),
+        recompute=tuple(prop.op_name(n) for n in candidate.recompute),
+        representation=choice.representation,
+        bytes_after=bytes_of(choice, masks),
+        reason=choice.reason,
+        predicted_variance=_noise_of(choice, options),
+        alternatives=tuple(
+            Alternative(o.choice.representation, bytes_of(o.choice, {}), o.noise) for o in options
+        ),
+    )
