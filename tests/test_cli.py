@@ -25,7 +25,10 @@ def factory(batch, size):
     model = nn.Sequential(*layers, nn.Linear(size, 1))
     return model, (torch.randn(batch, size),), lambda output: output.square().mean()
 """
-COMMANDS = ["demo", "plan", "dump", "viz", "doctor", "bench step", "bench noise", "bench kernels"]
+COMMANDS = [
+    *("demo", "plan", "dump", "viz", "doctor", "study"),
+    *("bench step", "bench noise", "bench kernels", "bench accuracy", "bench codecs"),
+]
 
 
 @pytest.fixture
@@ -85,7 +88,9 @@ def test_help(command: str, capsys):
     assert "--debug" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", [cli.plan_command, cli.dump, cli.viz_command, cli.doctor])
+@pytest.mark.parametrize(
+    "module", [cli.plan_command, cli.dump, cli.viz_command, cli.doctor, cli.study]
+)
 def test_examples_in_the_help_parse(module):
     lines = [line.strip() for line in module.EXAMPLES.splitlines() if "fxcompress" in line]
     assert lines

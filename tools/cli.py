@@ -24,6 +24,7 @@ from fxcompress.tools import (
     doctor,
     dump,
     plan_command,
+    study,
     viz_command,
 )
 
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "plan", plan_command, "what would become of a model's saved tensors")
     _add(commands, "dump", dump, "precision of every saved tensor; what changed between two plans")
     _add(commands, "viz", viz_command, "a plan as a page, a drawing, or data for other viewers")
+    _add(commands, "study", study, "each saved tensor alone at few bits: its gradient error")
     _add(commands, "doctor", doctor, "what works on this machine, and what to do about the rest")
 
     benches = commands.add_parser("bench", help="benchmarks").add_subparsers(

@@ -13,6 +13,7 @@ from fxcompress.errors import FxCompressError
 if TYPE_CHECKING:
     from fxcompress.tools.bench_accuracy import Run
     from fxcompress.tools.bench_codecs import Row as RateRow
+    from fxcompress.tools.study import Row as StudyRow
 
 _EVERY = 25  # steps that a point of a curve averages over
 
@@ -84,4 +85,27 @@ def rate_distortion(rows: Sequence[RateRow], path: Path) -> None:
     axes.flat[0].legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def study(rows: Sequence[StudyRow], path: Path, title: str) -> None:
+    """Predicted and measured gradient error of each tensor or module, as bars."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.28 * len(rows)), layout="constrained")
+    at = range(len(rows))
+    measured, spread = [r.measured for r in rows], [r.spread for r in rows]
+    axes.barh([y - 0.2 for y in at], measured, 0.4, xerr=spread, label="measured", color="#2f6fb5")
+    predicted = [r.predicted or 0.0 for r in rows]
+    axes.barh([y + 0.2 for y in at], predicted, 0.4, label="predicted", color="#e8b93c")
+    names = [f"{r.name}  {r.module}" if r.module else r.name for r in rows]
+    axes.set_yticks(list(at), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("squared relative error of the parameter gradient")
+    axes.set_title(title, fontsize=8, wrap=True)
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:  # no such folder, no such format
+        raise FxCompressError(f"cannot write the plot {path}: {error}") from None
     plt.close(figure)
