@@ -470,9 +470,9 @@ def cache_dir() -> Path:
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
     """Add a text to PyTorch's structured trace, which tlparse shows; not made where none is written.
 
-    `torch._logging.trace_structured` (2.3 to 2.15).
+    `torch._logging._internal.trace_structured` (2.3 to 2.15).
     """
-    from torch._logging import trace_structured
+    from torch._logging._internal import trace_structured
 
     about = {"name": name, "encoding": "string"}
     trace_structured("artifact", metadata_fn=lambda: about, payload_fn=text)
