@@ -75,6 +75,7 @@ void decode_affine(const u8* payload, typename Type::Stored* x, i64 numel, i64 g
     const i64 code_bytes = up8(numel) / 8 * bits, groups = (numel + group - 1) / group;
     const u16* steps = reinterpret_cast<const u16*>(payload + (code_bytes + 1) / 2 * 2);
     const u16* minima = steps + groups;
+    want_huge_pages(x, numel * i64(sizeof(*x)));
     for_groups(numel, group, threads, [=](i64 start, i64 size, u8* codes) {
         unpack<bits>(payload + start / 8 * bits, codes, up8(size));
         const float step = BF16::load(steps[start / group]);

@@ -18,6 +18,7 @@ void encode_bits(const Item* x, u8* payload, i64 numel, i64 low, int threads) {
 
 template <class Item, int bits>
 void decode_bits(const u8* payload, Item* x, i64 numel, i64 low, int threads) {
+    want_huge_pages(x, numel * i64(sizeof(*x)));
     for_groups(numel, kGroup, threads, [=](i64 start, i64 size, u8* codes) {
         unpack<bits>(payload + start / 8 * bits, codes, up8(size));
         Item* __restrict out = x + start;

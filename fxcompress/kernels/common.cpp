@@ -7,6 +7,10 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace {
 
 using i64 = int64_t;
@@ -115,6 +119,18 @@ inline void unpack(const u8* in, u8* q, i64 size) {
     if constexpr (bits & 2)
         unpack_section<2, after4, !after4>(in + after4 * eighth, q, 2 * eighth);
     if constexpr (bits & 1) unpack_section<1, after2, !after2>(in + after2 * eighth, q, eighth);
+}
+
+// Ask for huge pages under an output before it is written. A decoded tensor is fresh memory, and its
+// first touch costs more than decoding: 64 MB took 70 ms in pages of 4 KB and 18 ms in pages of 2 MB
+// (Zen 4, Linux 6.18, the usual transparent_hugepage/enabled = madvise). Only whole pages within.
+inline void want_huge_pages(void* start, i64 bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t huge = 1 << 21;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + huge - 1) / huge * huge;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) / huge * huge;
+    if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
 }
 
 // Calls body(start, size, codes) for each group, over `threads`; codes is scratch for one group.
