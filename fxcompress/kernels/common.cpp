@@ -121,9 +121,9 @@ inline void unpack(const u8* in, u8* q, i64 size) {
     if constexpr (bits & 1) unpack_section<1, after2, !after2>(in + after2 * eighth, q, eighth);
 }
 
-// Ask for huge pages under an output before it is written. A decoded tensor is fresh memory, and its
-// first touch costs more than decoding: 64 MB took 70 ms in pages of 4 KB and 18 ms in pages of 2 MB
-// (Zen 4, Linux 6.18, the usual transparent_hugepage/enabled = madvise). Only whole pages within.
+// Ask for huge pages under an output before it is written. A decoded tensor is fresh memory, and
+// its first touch costs more than decoding: 64 MB took 70 ms in pages of 4 KB and 18 ms in pages of
+// 2 MB (Zen 4, Linux 6.18, transparent_hugepage/enabled = madvise). Only whole pages within.
 inline void want_huge_pages(void* start, i64 bytes) {
 #ifdef MADV_HUGEPAGE
     constexpr uintptr_t huge = 1 << 21;

@@ -278,8 +278,8 @@ inline void store_group(const int32_t* h, typename Type::Stored* out, i64 size, 
 // ---- the tensor ----
 
 // As for_groups, over an output: a fresh one faults at every page, and in the midst of a group's
-// work faults cost more than by themselves. Without huge pages, with a block of pages touched ahead,
-// decode at 2 bits took 39 instead of 44 ms for 64 MB, and a clone 31 (one Zen 4 core).
+// work faults cost more than by themselves. Without huge pages, with a block of pages touched
+// ahead, decode at 2 bits took 39 instead of 44 ms for 64 MB, and a clone 31 (one Zen 4 core).
 template <class T, class Body>
 inline void for_output_groups(T* x, i64 numel, i64 group, int threads, Body body) {
     want_huge_pages(x, numel * i64(sizeof(T)));
