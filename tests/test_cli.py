@@ -14,7 +14,7 @@ import pytest
 from fxcompress.errors import FxCompressError
 from fxcompress.kernels import cpu
 from fxcompress.plan import Plan
-from fxcompress.tools import cli, doctor
+from fxcompress.tools import cli, doctor, model_names
 
 FACTORY = """
 import torch
@@ -78,6 +78,43 @@ def test_debug_shows_the_traceback():
     assert cli.main(["plan", "nothing"]) == 2
     with pytest.raises(FxCompressError):
         cli.main(["plan", "nothing", "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("resnet18", "torchvision:resnet18"),
+        ("torchvision:resnet81", "torchvision:resnet18"),
+        ("torchvison:resnet18", "torchvision:resnet18"),
+        ("gpt:smal", "gpt:small"),
+        ("MADE:factori", "made.py:factory"),
+    ],
+)
+def test_a_bad_name_lists_near_ones(name: str, hint: str, factory: str, capsys):
+    pytest.importorskip("torchvision")
+    made = factory.rpartition(":")[0]
+    assert cli.main(["plan", name.replace("MADE", made)]) == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_near_names_of_transformers():
+    pytest.importorskip("transformers")
+    assert "hf:gpt2" in model_names.suggestion("hf:gtp2")
+
+
+def test_nothing_is_near_to_nonsense():
+    assert model_names.suggestion("qqqqqqqqqq") == ""
+
+
+def test_an_error_in_the_users_file(tmp_path: Path, capsys):
+    path = tmp_path / "broken.py"
+    path.write_text("def make(batch, size):\n    return 1 / 0\n")
+    assert cli.main(["plan", f"{path}:make"]) == 3
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fxcompress: ZeroDivisionError: division by zero")
+    assert "Traceback" not in captured.err
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["plan", f"{path}:make", "--debug"])
 
 
 @pytest.mark.parametrize("command", COMMANDS)

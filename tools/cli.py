@@ -29,13 +29,14 @@ from fxcompress.tools import (
 )
 
 EPILOG = """\
-exit codes: 0 done, 1 a check failed, 2 the input cannot be used, 130 interrupted
+exit codes: 0 done, 1 a check failed, 2 the input cannot be used, 3 an unexpected error,
+            130 interrupted
 `fxcompress COMMAND --help` has examples. Output is plain text in a pipe; NO_COLOR is respected.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; 2 when the input cannot be used, with a message on stderr."""
+    """Run one subcommand and return its exit code; errors are one message on stderr."""
     args = _parser().parse_args(argv)
     try:
         return int(args.run(args))
@@ -49,6 +50,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        text = f"{type(error).__name__}: {error}"
+        print(f"fxcompress: {text}\n(--debug shows where this happened)", file=sys.stderr)
+        return 3
 
 
 def _parser() -> argparse.ArgumentParser:

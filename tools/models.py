@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxcompress.errors import FxCompressError
+from fxcompress.tools.model_names import near, suggestion
 
 SPECS = """\
 torchvision:NAME   a torchvision classifier, 10 classes, random images of size x size
@@ -66,7 +67,7 @@ def load(spec: str, batch: int, size: int, device: str = "cpu") -> Task:
     """
     kind, _, name = spec.rpartition(":")
     if not kind or not name:
-        raise ModelError(f"model {spec!r} is not understood; give one of:\n{SPECS}")
+        raise _unknown(spec)
     if batch < 1 or size < 1:
         raise ModelError(f"--batch {batch} and --size {size} must be 1 or more")
     makers = {"torchvision": _torchvision, "cifar": _cifar, "gpt": _gpt, "hf": _huggingface}
@@ -76,9 +77,14 @@ def load(spec: str, batch: int, size: int, device: str = "cpu") -> Task:
         elif kind.endswith(".py"):
             task = _from_file(Path(kind), name, batch, size)
         else:
-            raise ModelError(f"model {spec!r} is not understood; give one of:\n{SPECS}")
+            raise _unknown(spec)
     task.model.train()
     return replace(task, name=spec)
+
+
+def _unknown(spec: str) -> ModelError:
+    hint = suggestion(spec)
+    return ModelError(f"model {spec!r} is not understood{hint or '; give one of:'}\n{SPECS}")
 
 
 def warm(task: Task, steps: int, lr: float = 0.01) -> None:
@@ -101,7 +107,7 @@ def _torchvision(name: str, batch: int, size: int) -> Task:
     except (ValueError, TypeError) as error:
         raise ModelError(
             f"torchvision has no classifier {name!r} ({error}); "
-            "torchvision.models.list_models() lists them"
+            f"torchvision.models.list_models() lists them{suggestion(f'torchvision:{name}')}"
         ) from error
     images, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
     return Task(name, model, (images,), lambda logits: F.cross_entropy(logits, labels))
@@ -148,7 +154,7 @@ def _huggingface(name: str, batch: int, size: int) -> Task:
     except (OSError, ValueError) as error:
         raise ModelError(
             f"transformers has no configuration for {name!r}: give a model type such as gpt2, or "
-            f"a folder with config.json ({error})"
+            f"a folder with config.json ({error}){suggestion(f'hf:{name}')}"
         ) from error
     if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -170,9 +176,12 @@ def _huggingface(name: str, batch: int, size: int) -> Task:
 def _from_file(path: Path, name: str, batch: int, size: int) -> Task:
     if not path.is_file():
         raise ModelError(f"{path} is not a file; give FILE.py:FUNCTION with a path that exists")
-    factory = getattr(_module(path), name, None)
+    module = _module(path)
+    factory = getattr(module, name, None)
     if not callable(factory):
-        raise ModelError(f"{path} has no function {name!r}; give FILE.py:FUNCTION")
+        named = {n: f"{path}:{n}" for n, f in vars(module).items() if isinstance(f, FunctionType)}
+        hint = near(name, named) or "; give FILE.py:FUNCTION"
+        raise ModelError(f"{path} has no function {name!r}{hint}")
     made = factory(batch, size)
     if not (
         isinstance(made, tuple)
