@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fxcompress.plan import Alternative, Moment, Plan, TensorPlan
-from fxcompress.tools import cli, viz_export, viz_graph, viz_html
+from fxcompress.tools import cli, plan_command, viz_export, viz_graph, viz_html, viz_values
 from fxcompress.tools.viz_tree import kind_of, module_tree, rows
 
 LAYERS = 12
@@ -178,6 +178,40 @@ def test_page_needs_no_network():
     assert "</script><b>" not in text
 
 
+MODEL = """
+import torch
+from torch import nn
+
+def make(batch, size):
+    model = nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.Linear(size, 1))
+    return model, (torch.randn(batch, size),), lambda output: output.square().mean()
+"""
+
+
+def test_histograms_count_every_element(tmp_path: Path):
+    (tmp_path / "made.py").write_text(MODEL)
+    spec = f"{tmp_path / 'made.py'}:make"
+    plan = plan_command.make(spec, 256, 64, policy="uniform4")
+    task = plan_command.task_of(spec, 256, 64)
+    found = viz_values.histograms(plan, plan_command.recorded(task))
+    coded = {t.name for t in plan.tensors if t.representation == "affine(bits=4)"}
+    assert coded
+    for name in coded:
+        values, error = found[name]
+        assert sum(values["counts"]) == sum(error["counts"]) == 256 * 64
+        step = (values["high"] - values["low"]) / 15  # of a group that spans all, at most
+        assert -step < error["low"] < 0 < error["high"] < step
+    page = viz_html.page(plan, "title", 1, found)
+    assert "Quantization error" in page
+
+
+def test_values_need_a_model(tmp_path: Path, capsys):
+    saved = tmp_path / "plan.json"
+    PLAN.save(saved)
+    assert cli.main(["viz", str(saved), "--values", "-o", str(tmp_path / "a.html")]) == 2
+    assert "--values needs a MODEL" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver")
@@ -226,7 +260,8 @@ class Page:
 @pytest.fixture
 def page(browser: Any, tmp_path: Path) -> Iterator[Page]:
     path = tmp_path / "plan.html"
-    path.write_text(viz_html.page(replace(PLAN, measured_peak_bytes=123456), "title", 2))
+    shown = {"bad": [{"title": "Values", "low": -1.0, "high": 2.5, "counts": [1, 5, 2]}]}
+    path.write_text(viz_html.page(replace(PLAN, measured_peak_bytes=123456), "title", 2, shown))
     browser.get(path.as_uri())
     yield Page(browser)
     assert browser.get_log("browser") == []  # no error, nothing refused
@@ -250,6 +285,7 @@ def test_click_on_a_tensor_tells_all_about_it(page: Page):
     assert listed == ["keep", "affine(bits=4)", "affine(bits=2)"]
     assert page.text("#alternatives tr.chosen").startswith("affine(bits=4)")
     assert len(page.all("#rows tr.chosen")) == 1
+    assert len(page.all("#details .histogram rect")) == 3
 
 
 def test_kept_tensors_say_why(page: Page):

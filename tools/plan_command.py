@@ -21,7 +21,7 @@ from fxcompress.ledger import Ledger
 from fxcompress.pipeline import Partitioner
 from fxcompress.plan import Plan, merge
 from fxcompress.policies import policy
-from fxcompress.record import Recorder, record
+from fxcompress.record import Recorder, Recording, record
 from fxcompress.settings import Settings
 from fxcompress.settings import make as settings_of
 from fxcompress.tools import models
@@ -120,8 +120,7 @@ def make(
         FxCompressError: a bad setting or model, or a budget out of reach.
     """
     wanted = settings_of(**settings)  # refuses bad settings before the model is made
-    torch.manual_seed(seed)
-    task = models.load(spec, batch, size)
+    task = task_of(spec, batch, size, seed)
     if wanted.calibration is None and _is_calibrated(wanted):
         wanted = replace(wanted, calibration=_calibration(task, wanted))
     partitioner = Partitioner(wanted, Ledger())
@@ -139,6 +138,24 @@ def make(
     return _measured(plan, task, wanted) if measured else plan
 
 
+def task_of(spec: str, batch: int, size: int, seed: int = 0) -> Task:
+    """The model with weights and a batch that follow from the seed."""
+    torch.manual_seed(seed)
+    return models.load(spec, batch, size)
+
+
+def recorded(task: Task, min_bytes: int = Settings.min_bytes) -> tuple[Recording, ...]:
+    """The graphs of one step of a copy of the model, with their values."""
+
+    def step(recorder: Recorder) -> None:
+        torch._dynamo.reset()
+        model = task.copy().model
+        with torch.random.fork_rng():
+            task.forward(torch.compile(model, backend=recorder)).backward()
+
+    return record(step, min_bytes)
+
+
 def _is_calibrated(wanted: Settings) -> bool:
     """As the backend decides by itself on the first batch."""
     found = policy(wanted.policy)
@@ -147,13 +164,7 @@ def _is_calibrated(wanted: Settings) -> bool:
 
 
 def _calibration(task: Task, wanted: Settings) -> Calibration:
-    def step(recorder: Recorder) -> None:
-        torch._dynamo.reset()
-        model = task.copy().model
-        with torch.random.fork_rng():
-            task.forward(torch.compile(model, backend=recorder)).backward()
-
-    return evidence_of(record(step, wanted.min_bytes), group=wanted.group)
+    return evidence_of(recorded(task, wanted.min_bytes), group=wanted.group)
 
 
 def _run(graph: torch.fx.GraphModule, is_backward: bool) -> Callable[[Sequence[Any]], Any]:

@@ -10,11 +10,12 @@ import graphviz
 
 from fxcompress.errors import FxCompressError
 from fxcompress.plan import Plan
-from fxcompress.tools import plan_command, viz_export, viz_graph, viz_html
+from fxcompress.tools import plan_command, viz_export, viz_graph, viz_html, viz_values
 
 EXAMPLES = """\
 examples:
   fxcompress viz gpt:small --batch 16 --size 256 --budget-mb 100 -o gpt.html
+  fxcompress viz torchvision:resnet18 --ratio-saved 8 --values -o resnet.html
   fxcompress viz plan.json -o plan.svg --depth 2
   fxcompress viz plan.json -o plan.dot
   fxcompress viz plan.json -o plan.graph.json  # a graph for Google's Model Explorer
@@ -37,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--depth", type=int, help="levels of modules shown at first (default: what is readable)"
     )
+    parser.add_argument(
+        "--values",
+        action="store_true",
+        help="for a MODEL's .html: histograms of each tensor's values and quantization error",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,8 +54,15 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.depth is not None and args.depth < 1:
         raise FxCompressError(f"--depth {args.depth} must be 1 or more")
-    plan = plan_command.plan_of(args)
-    text = WRITERS[endings[0]](plan, Path(args.source).name, args.depth)
+    if args.values and (endings[0] != ".html" or args.source.endswith(".json")):
+        raise FxCompressError("--values needs a MODEL, to have values, and -o FILE.html")
+    plan, title = plan_command.plan_of(args), Path(args.source).name
+    if args.values:
+        task = plan_command.task_of(args.source, args.batch, args.size, args.seed)
+        shown = viz_values.histograms(plan, plan_command.recorded(task))
+        text = viz_html.page(plan, title, args.depth, shown)
+    else:
+        text = WRITERS[endings[0]](plan, title, args.depth)
     plan_command.save(args.output, text)
     return 0
 

@@ -2,7 +2,8 @@
 //
 // DATA.tensors[i]: name, module, source, op, shape, dtype, before, after (bytes), readers,
 //   recompute, rep, kind, numel, variance, share, reason, masked, alive ([first, last] moment that
-//   holds it, or null), alts ([index into DATA.specs, bytes, noise, kind], least noise first).
+//   holds it, or null), alts ([index into DATA.specs, bytes, noise, kind], least noise first),
+//   histograms ({title, low, high, counts}; none unless made with --values).
 // DATA.tree: path, label, tensors (positions), children, members (the layers folded into it).
 
 const DATA = JSON.parse(document.getElementById("data").textContent);

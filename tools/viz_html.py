@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -21,15 +22,21 @@ from fxcompress.tools.viz_tree import (
 _SCRIPTS = ("viz_data.js", "viz_rows.js", "viz_panels.js", "viz_main.js")  # in this order
 
 
-def page(plan: Plan, title: str, depth: int | None = None) -> str:
+Histograms = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def page(
+    plan: Plan, title: str, depth: int | None = None, histograms: Histograms | None = None
+) -> str:
     """The whole file as text.
 
     Args:
         plan: what to show.
         title: name of the model or file.
         depth: of modules in the first view; None: as deep as stays readable.
+        histograms: by tensor name, from :func:`fxcompress.tools.viz_values.histograms`.
     """
-    data = json.dumps(payload(plan, title, depth), separators=(",", ":"))
+    data = json.dumps(payload(plan, title, depth, histograms), separators=(",", ":"))
     folder = files("fxcompress.tools")
     parts = {
         "STYLE": folder.joinpath("viz.css").read_text("utf-8"),
@@ -43,11 +50,15 @@ def page(plan: Plan, title: str, depth: int | None = None) -> str:
     return whole
 
 
-def payload(plan: Plan, title: str, depth: int | None = None) -> dict[str, Any]:
+def payload(
+    plan: Plan, title: str, depth: int | None = None, histograms: Histograms | None = None
+) -> dict[str, Any]:
     """What the page's scripts read; see viz_data.js."""
     root = module_tree(plan)
     specs: dict[str, int] = {}
     tensors = [_tensor(t, plan.predicted_variance, specs) for t in plan.tensors]
+    for tensor in tensors:
+        tensor["histograms"] = (histograms or {}).get(tensor["name"], [])
     return {
         "title": title,
         "depth": readable_depth(root) if depth is None else depth,

@@ -110,9 +110,8 @@ function alternativesOf(t, fate) {
   return [element("h2", {}, "Alternatives weighed"), table];
 }
 
-// Present when the page was made with --values.
 function histogramsOf(t) {
-  return (t.histograms ?? []).flatMap(({ title, low, high, counts }) => {
+  return t.histograms.flatMap(({ title, low, high, counts }) => {
     const top = Math.max(...counts, 1), step = 300 / counts.length;
     const bars = counts.map((count, k) =>
       drawn("rect", { x: k * step, width: Math.max(step - 0.5, 0.5), y: 120 - (110 * count) / top, height: (110 * count) / top, fill: colour(t.kind) }),
