@@ -44,6 +44,7 @@ from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys, channel_axis
 from fxcompress.codecs.dither import Dither
 from fxcompress.codecs.rotate import Rotate
 from fxcompress.codecs.subsample import Subsample
+from fxcompress.persistent import persistent
 
 Bands = npt.NDArray[np.int64]
 
@@ -86,29 +87,34 @@ class Transform(Codec):
         return total
 
     def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
-        z = self.forward(x.float())
-        at = 0
-        for number, codec, bands in self._classes():
-            part = codec.encode(_select(z, bands), key, _stream(stream, number))
-            payload[at : at + part.numel()] = part
+        z, at = self.forward(x), 0
+        for number, codec, _ in self._classes():
+            index = _index(self.basis, self.rates, number, x.device)
+            part = codec.encode(z.index_select(0, index), key, _stream(stream, number))
             end = (at + part.numel() + 3) // 4 * 4
+            payload[at : at + part.numel()] = part
             payload[at + part.numel() : end] = 0
             at = end
         return True
 
     def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
         positions = x.numel() // self._bands()
-        z = payload.new_zeros((self._bands(), positions), dtype=torch.float32)
-        at = 0
+        z = payload.new_empty((self._bands(), positions), dtype=torch.float32)
+        at, found = 0, 0
         for number, codec, bands in self._classes():
             shape = [len(bands), positions]
             size = codec.payload_bytes(shape, torch.float32)
             part = payload[at : at + size]
             decoded = codec.decode(part, shape, torch.float32, key, _stream(stream, number))
-            z[torch.from_numpy(bands).to(z.device)] = decoded
+            z.index_copy_(0, _index(self.basis, self.rates, number, x.device), decoded)
             at += (size + 3) // 4 * 4
-        limit = torch.finfo(x.dtype).max
-        x.copy_(self.backward(z, x.shape).clamp_(-limit, limit))
+            found += len(bands)
+        if found < len(z):
+            z.index_fill_(0, _index(self.basis, self.rates, 0, x.device), 0.0)
+        axis, limit = channel_axis(self.channels, x.dim()), torch.finfo(x.dtype).max
+        y = self._synthesise(z, states.get(self.basis, z.device)["synthesis"], x.shape)
+        y.add_(states.get(self.basis, z.device)["mean"]).clamp_(-limit, limit)
+        folded(x.movedim(axis, -1), self._sides()).copy_(y)
         return True
 
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
@@ -142,10 +148,10 @@ class Transform(Codec):
         return variance, bias**2
 
     def forward(self, x: Tensor) -> Tensor:
-        """Coefficients fp32[bands, positions] of fp32 x."""
+        """Coefficients fp32[bands, positions] of x."""
         state = states.get(self.basis, x.device)
-        y = x.movedim(channel_axis(self.channels, x.dim()), -1) - state["mean"]
-        return analyse(y, self._sides(), state["analysis"])
+        y = x.movedim(channel_axis(self.channels, x.dim()), -1)
+        return analyse(y, self._sides(), state["analysis"], state["mean"])
 
     def adjoint(self, weights: Tensor) -> Tensor:
         """What a covector of x is to the coefficients: (weights * x).sum() = (result * z).sum()."""
@@ -162,16 +168,31 @@ class Transform(Codec):
 
     def _backward(self, z: Tensor, shape: Sequence[int], squared: bool = False) -> Tensor:
         """The linear part of the inverse; ``squared``: of the squares of its entries."""
-        sides, matrices = self._sides(), states.get(self.basis, z.device)["synthesis"]
-        if squared:
-            matrices = matrices.square()
-        blocks, _, width = matrices.shape
-        parts = z.reshape(math.prod(sides), blocks, width, -1)
-        y = torch.einsum("fbip,bji->pfbj", parts, matrices).flatten(-2)
-        y = y.sum(1, keepdim=True).expand_as(y) / y.shape[1] if squared else _hadamard(y, sides)
+        matrices = states.get(self.basis, z.device)["synthesis"]
+        y = self._synthesise(z, matrices.square() if squared else matrices, shape, squared)
+        out = z.new_empty(list(shape))
         axis = channel_axis(self.channels, len(shape))
-        positions = [size for i, size in enumerate(shape) if i != axis]
-        return _join(y, positions, sides).movedim(-1, axis)
+        folded(out.movedim(axis, -1), self._sides()).copy_(y)
+        return out
+
+    def _synthesise(
+        self, z: Tensor, matrices: Tensor, shape: Sequence[int], squared: bool = False
+    ) -> Tensor:
+        """The linear part of the inverse, as `folded` sees a tensor of `shape`."""
+        sides = self._sides()
+        blocks, _, width = matrices.shape
+        count = math.prod(sides)
+        parts = z.view(count, blocks, width, -1)
+        rows = z.new_empty(count, parts.shape[-1], blocks * width)
+        for block, out in enumerate(rows.split(width, 2)):
+            torch.bmm(parts[:, block].mT, matrices[block].mT.expand(count, -1, -1), out=out)
+        if squared:
+            rows = rows.mean(0, keepdim=True).expand_as(rows)
+        elif count > 1:
+            rows = _hadamard(count, z.device) @ rows.view(count, -1)
+        axis = channel_axis(self.channels, len(shape))
+        like = torch.empty(list(shape), device="meta").movedim(axis, -1)
+        return rows.reshape(folded(like, sides).shape)
 
     def _sides(self) -> list[int]:
         sides: list[int] = states.arrays(self.basis)["sides"].tolist()
@@ -188,15 +209,58 @@ class Transform(Codec):
                 yield number, codec, bands
 
 
-def analyse(y: Tensor, sides: Sequence[int], matrices: Tensor) -> Tensor:
-    """Coefficients [bands, positions] of y, [positions..., channels].
+def analyse(
+    y: Tensor, sides: Sequence[int], matrices: Tensor, mean: Tensor | None = None
+) -> Tensor:
+    """Coefficients [bands, positions] of y - mean; y is [positions..., channels].
 
     sides: of the blocks over its last position axes; matrices: [blocks, width, width] of channels.
     """
-    y = _hadamard(_split(y, sides), sides)  # [positions, frequencies, channels]
+    view, count = folded(y.detach(), sides), math.prod(sides)
+    rows = y.new_empty(view.shape, dtype=torch.float32)
+    if mean is None:
+        rows.copy_(view)
+    else:
+        torch.sub(view, mean, out=rows)
+    rows = rows.view(count, -1)
+    if count > 1:
+        rows = _hadamard(count, y.device) @ rows
+    rows = rows.view(count, -1, y.shape[-1])  # [frequencies, positions, channels]
     blocks, width, _ = matrices.shape
-    z = torch.einsum("pfbi,bji->fbjp", y.unflatten(-1, (blocks, width)), matrices)
-    return z.reshape(-1, z.shape[-1])
+    z = rows.new_empty(count, blocks, width, rows.shape[1])
+    for block, part in enumerate(rows.split(width, 2)):
+        torch.bmm(matrices[block].expand(count, -1, -1), part.mT, out=z[:, block])
+    return z.view(-1, rows.shape[1])
+
+
+def folded(y: Tensor, sides: Sequence[int]) -> Tensor:
+    """A view of [..., channels] as [positions in a block..., blocks..., channels].
+
+    sides: of the blocks over the last position axes. With memory in this order, a transform over a
+    block is one matrix product, and frequencies are what a batch of products runs over.
+    """
+    lead = y.dim() - 1 - len(sides)
+    for i, side in enumerate(sides):
+        y = y.unflatten(lead + 2 * i, (-1, side))
+    inner = [lead + 2 * i + 1 for i in range(len(sides))]
+    return y.permute(*inner, *(i for i in range(y.dim()) if i not in inner))
+
+
+@cache
+def _hadamard(count: int, device: torch.device) -> Tensor:
+    """Orthonormal Walsh-Hadamard matrix."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < count:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    with persistent(device):
+        return (matrix / math.sqrt(count)).to(device)
+
+
+@cache
+def _index(basis: str, rates: str, number: int, device: torch.device) -> Tensor:
+    """The bands of a rate, int64 on a device; kept there, so that no step waits for a copy."""
+    with persistent(device):
+        return torch.from_numpy(dict(_by_rate(basis, rates))[number]).to(device)
 
 
 @cache
@@ -214,42 +278,3 @@ def _select(z: Tensor, bands: Bands) -> Tensor:
 def _stream(stream: int, number: int) -> int:
     """Streams of their own for the coders inside: above those of whole tensors."""
     return (stream + 1) * 4096 + number
-
-
-def _split(y: Tensor, sides: Sequence[int]) -> Tensor:
-    """[..., channels] -> [positions, frequencies, channels]; sides of the last position axes."""
-    lead = y.dim() - 1 - len(sides)
-    if math.prod(sides) == 1:
-        return y.reshape(-1, 1, y.shape[-1])
-    shape = list(y.shape[:lead])
-    for size, side in zip(y.shape[lead:-1], sides, strict=True):
-        shape += [size // side, side]
-    y = y.reshape(*shape, y.shape[-1])
-    inner = [lead + 2 * i + 1 for i in range(len(sides))]
-    outer = [i for i in range(y.dim() - 1) if i not in inner]
-    return y.permute(*outer, *inner, y.dim() - 1).reshape(-1, math.prod(sides), y.shape[-1])
-
-
-def _join(y: Tensor, positions: Sequence[int], sides: Sequence[int]) -> Tensor:
-    """The inverse of `_split`: [positions, frequencies, channels] -> [*positions, channels]."""
-    lead = len(positions) - len(sides)
-    if math.prod(sides) == 1:
-        return y.reshape(*positions, y.shape[-1])
-    outer = [*positions[:lead], *(s // b for s, b in zip(positions[lead:], sides, strict=True))]
-    y = y.reshape(*outer, *sides, y.shape[-1])
-    order = list(range(lead))
-    for i in range(len(sides)):
-        order += [lead + i, len(outer) + i]
-    return y.permute(*order, y.dim() - 1).reshape(*positions, y.shape[-1])
-
-
-def _hadamard(y: Tensor, sides: Sequence[int]) -> Tensor:
-    """Orthonormal Walsh-Hadamard transform over axis 1, an axis of blocks of these sides."""
-    count = math.prod(sides)
-    h = 1
-    while h < count:
-        y = y.unflatten(1, (-1, 2, h))
-        low, high = y[:, :, 0], y[:, :, 1]
-        y = torch.stack([low + high, low - high], 2).flatten(1, 3)
-        h *= 2
-    return y / math.sqrt(count) if count > 1 else y
