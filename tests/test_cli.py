@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -151,6 +152,36 @@ def test_json_output_is_only_json(tmp_path: Path, capsys):
     Plan("auto", None, (), 0, 0, note="nothing to gain").save(path)
     assert cli.main(["dump", str(path), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["tensors"] == []
+
+
+# --- completion -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("fxcompress du", {"dump"}),
+        ("fxcompress dump plan.json --fo", {"--format"}),
+        ("fxcompress bench st", {"step"}),
+        ("fxcompress bench step gpt:small --pol", {"--policies"}),
+        ("fxcompress viz plan.json --bat", {"--batch"}),
+    ],
+)
+def test_completion_in_bash(typed: str, expected: set[str], tmp_path: Path, capsys):
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash")
+    assert cli.main(["completion", "bash"]) == 0
+    words = typed.split()
+    quoted = " ".join(f"'{word}'" for word in words)
+    asked = (
+        f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _fxcompress; echo ${{COMPREPLY[@]}}"
+    )
+    script = tmp_path / "complete.sh"
+    script.write_text(capsys.readouterr().out + asked)
+    done = subprocess.run([bash, str(script)], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == expected
+    assert done.stderr == ""
 
 
 # --- doctor -------------------------------------------------------------------------------------

@@ -86,6 +86,17 @@ def test_layers_alike_are_one_row():
     assert f"layers.{LAYERS - 1}" in titles
 
 
+def test_layers_alike_but_for_their_bits_are_one_row():
+    bits = (f"affine(bits={2 + i % 3})" for i in range(LAYERS))
+    tensors = tuple(
+        replace(t, representation=next(bits)) if t.representation == "affine(bits=4)" else t
+        for t in PLAN.tensors
+        if t.name != "bad"
+    )
+    titles = [m.path for m, _ in rows(module_tree(replace(PLAN, tensors=tensors)), 2)]
+    assert f"layers.0–{LAYERS - 2}" in titles
+
+
 @pytest.mark.parametrize("depth", [0, 1, 2, 3, 9])
 def test_every_tensor_is_in_exactly_one_row(depth: int):
     held = [i for _, tensors in rows(module_tree(PLAN), depth) for i in tensors]

@@ -20,6 +20,7 @@ from fxcompress.tools import (
     bench_noise,
     bench_step,
     bench_zeros,
+    completion,
     demo,
     doctor,
     dump,
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(benches, "codecs", bench_codecs, "error of every codec beside the rate–distortion bound")
     _add(benches, "kernels", bench_kernels, "GPU kernels as compiled, CPU kernels as measured")
 
+    _add(commands, "completion", completion, "a script that completes commands in bash or zsh")
     command = commands.add_parser("version", help="print the version")
     command.set_defaults(run=_version, debug=False)
     return parser
@@ -99,7 +101,12 @@ def _add(commands: Any, name: str, module: Any, summary: str) -> None:
     )
     module.add_arguments(command)
     command.add_argument("--debug", action="store_true", help="errors with their traceback")
-    command.set_defaults(run=module.run)
+    command.set_defaults(run=module.run if hasattr(module, "run") else _complete)
+
+
+def _complete(args: argparse.Namespace) -> int:
+    print(completion.script(_parser(), args.shell), end="")
+    return 0
 
 
 def _version(args: argparse.Namespace) -> int:

@@ -76,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget-mb",
         type=float,
-        help=f"peak of activation memory, MB (auto: {100 * BUDGET_SHARE:g} percent of plain Inductor's)",
+        help="peak of activation memory, MB (auto: "
+        f"{100 * BUDGET_SHARE:g} percent of plain Inductor's)",
     )
     parser.add_argument("--seed", type=int, default=0)
 

@@ -2,8 +2,8 @@
 
 A plan lists tensors, each with the path of the module that made it; the paths are a tree. Down to a
 depth every module is a row, and what lies below belongs to it. Neighbours that differ only by their
-number (``layers.3`` to ``layers.59``) and hold the same tensors in the same representation are one
-row.
+number (``layers.3`` to ``layers.59``) and hold the same tensors, kept or coded alike, in however
+many bits, are one row.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def kind_of(representation: str, bits: float) -> str:
     width = float(named[1]) if named else bits
     if width < 1:
         return "below 1 bit"
-    return "16 bit" if width > 9 else f"{min(int(width), 8)} bit"
+    return "16 bit" if width > 9 else f"{min(round(width), 8)} bit"
 
 
 def tensor_kind(tensor: TensorPlan) -> str:
@@ -155,12 +155,17 @@ def _follows(first: str, second: str) -> bool:
 
 
 def _likeness(module: Module, tensors: Sequence[TensorPlan]) -> object:
-    """Equal for modules that save the same: operators, shapes and representations, recursively."""
+    """Equal for modules that save the same: operators, shapes and what is coded, recursively."""
     own = sorted(
-        (t.op, str(t.shape), t.dtype, tensor_kind(t), t.reason)
+        (t.op, str(t.shape), t.dtype, _coarse(tensor_kind(t)), t.reason)
         for t in (tensors[i] for i in module.tensors)
     )
     return own, [(child.label, _likeness(child, tensors)) for child in module.children]
+
+
+def _coarse(kind: str) -> str:
+    """Whether it is coded, not in how many bits."""
+    return kind if kind in {"keep", "exact", "recompute", "shape"} else "coded"
 
 
 def _merged(run: Sequence[Module]) -> Module:
