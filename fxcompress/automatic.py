@@ -11,7 +11,6 @@ same measurements, and so finds the same compiled graph in the cache.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -77,7 +76,7 @@ def _measured(
     if smaller is None and settings.budget_bytes is not None:
         log.info("the batch cannot be taken in part; call fxcompress.calibrate on a smaller one")
         return None
-    part, arguments = smaller or (copy.deepcopy(module), list(inputs))
+    part, arguments = smaller or (torch_private.copy_dynamo_graph(module), list(inputs))
     arguments = [
         x.detach().requires_grad_() if x.requires_grad else x.detach().clone() for x in arguments
     ]
@@ -119,13 +118,13 @@ def part_of_batch(
         ]
         for graph in (module, _renumbered(module, batch, fewer)):
             if _runs(graph, arguments):
-                return copy.deepcopy(graph), arguments
+                return torch_private.copy_dynamo_graph(graph), arguments
     return None
 
 
 def _renumbered(module: fx.GraphModule, batch: int, fewer: int) -> fx.GraphModule:
     """The graph with multiples of the batch size among its sizes replaced."""
-    changed = copy.deepcopy(module)
+    changed = torch_private.copy_dynamo_graph(module)
     for node in changed.graph.nodes:
         if node.op in {"call_method", "call_function"}:
             node.args = fx.node.map_aggregate(node.args, lambda a: _scaled(a, batch, fewer))

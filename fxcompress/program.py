@@ -25,6 +25,7 @@ from fxcompress.passes.rewrite import KEEP, Choice
 from fxcompress.peak import Timeline
 
 Array = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,8 @@ class Program:
     def row(self, position: int) -> Array:
         """Bytes of each column alive at one position."""
         end = self.changes.indptr[position + 1]
-        return np.bincount(
-            self.changes.indices[:end], self.changes.data[:end], minlength=len(self.sizes)
-        )
+        columns, steps = self.changes.indices[:end], self.changes.data[:end]
+        return np.bincount(columns, steps, minlength=len(self.sizes)).astype(np.float64)
 
     def choices(self, taken: Array) -> tuple[Choice, ...]:
         pairs = zip(self.options, taken, strict=False)
@@ -159,11 +159,11 @@ def _rules(
         for other in others:
             kept = [[i for i in view if is_kept(options[i])] for view in (first, other)]
             rule(dict.fromkeys(kept[0], 1.0) | dict.fromkeys(kept[1], -1.0), 0.0, 0.0)
-    columns = [i for row in rows for i in row]
     lengths = [len(row) for row in rows]
+    where = [i for row in rows for i in row]
     values = [value for row in rows for value in row.values()]
     matrix = sparse.csr_array(
-        (values, columns, np.concatenate([[0], np.cumsum(lengths, dtype=int)])),
+        (values, where, np.concatenate([[0], np.cumsum(lengths, dtype=int)])),
         shape=(len(rows), len(options) + len(masks)),
     )
     return LinearConstraint(matrix, low, high)

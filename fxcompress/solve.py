@@ -19,7 +19,7 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, mi
 from fxcompress import greedy
 from fxcompress.errors import FxCompressError
 from fxcompress.passes.rewrite import Choice
-from fxcompress.program import Array, Option, Program, build
+from fxcompress.program import Array, Flags, Option, Program, build
 
 __all__ = ["Option", "Program", "Solution", "build", "least_noise", "least_peak", "least_saved"]
 
@@ -61,7 +61,7 @@ class _Task:
     cost: Array | None
     limit: tuple[Array, float] | None
     peak: float | None
-    excluded: Array
+    excluded: Flags
     deadline: float
 
     def value(self, taken: Array) -> float:
@@ -123,7 +123,7 @@ def least_peak(
     if noise is None:
         task = _Task(program, None, None, None, nothing, deadline)
     else:
-        noise += 1e-12
+        noise *= 1 + 1e-9
         task = _Task(program, None, (program.noise, noise), None, program.noise > noise, deadline)
     found = _minimise(task, None)
     if found.taken is None and not found.infeasible:
@@ -210,7 +210,7 @@ def _better(task: _Task, one: Array | None, other: Array | None) -> Array | None
 
 
 def _gap(value: float, bound: float) -> float:
-    return max(value - bound, 0.0) / max(abs(value), 1e-30)
+    return float(max(value - bound, 0.0) / max(abs(value), 1e-30))
 
 
 def _new_positions(task: _Task, taken: Array, known: list[int]) -> list[int]:

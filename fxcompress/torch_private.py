@@ -374,23 +374,46 @@ def compile_with_inductor(
     return compiled  # type: ignore[no-any-return]
 
 
+def copy_dynamo_graph(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A deep copy that AOTAutograd still takes for a graph of Dynamo's.
+
+    Where the inputs come from is held outside of what is copied: `_param_name_to_source` and
+    `_dynamo_source` (2.7 to 2.15). Without it no input counts as a parameter.
+    """
+    copied = copy.deepcopy(module)
+    if hasattr(module, "_param_name_to_source"):
+        copied._param_name_to_source = module._param_name_to_source
+    for node, twin in zip(module.graph.nodes, copied.graph.nodes, strict=True):
+        if hasattr(node, "_dynamo_source"):
+            twin._dynamo_source = node._dynamo_source
+    return copied
+
+
 def compile_with_aot_eager(
     module: torch.fx.GraphModule, inputs: Sequence[Any], partitioner: Callable[..., Any] | None
 ) -> Callable[..., Any]:
-    """AOTAutograd with Inductor's decompositions and our partitioner, graphs run op by op.
+    """AOTAutograd with Inductor's decompositions, joint passes and our partitioner: the same graphs
+    as under Inductor, run op by op.
 
-    As `aot_eager_decomp_partition` in torch/_dynamo/backends/debugging.py (2.0 to 2.15).
+    As `aot_eager_decomp_partition` in torch/_dynamo/backends/debugging.py (2.0 to 2.15), with
+    `joint_graph_passes` (2.1 to 2.15).
     """
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.backends.debugging import boxed_nop
     from torch._inductor import lowering  # noqa: F401  (pooling decompositions need it loaded)
     from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+
+    def partition(
+        joint: torch.fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> Any:
+        return (partitioner or min_cut)(joint_graph_passes(joint), joint_inputs, **kwargs)
 
     return aot_autograd(
         fw_compiler=boxed_nop,
         bw_compiler=boxed_nop,
         decompositions=select_decomp_table,
-        partition_fn=partitioner or min_cut,
+        partition_fn=partition,
     )(module, inputs)
 
 

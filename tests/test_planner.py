@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress import Plan
+from fxcompress.decision import MARGIN
+from fxcompress.ledger import Ledger
 from fxcompress.pipeline import Partitioner
 from fxcompress.settings import make
+from fxcompress.solve import GAP
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +49,28 @@ class Net(nn.Module):
         self.broken = broken
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, layer in enumerate(self.layers):
-            x = layer(x)
-            if self.broken and i == 0:
-                torch._dynamo.graph_break()
-        return x.square().sum()
+        x = self.layers[0](x)
+        if self.broken:
+            torch._dynamo.graph_break()
+        return self.layers[1](x).square().sum()
+
+
+class Deep(nn.Module):
+    """Eight layers, so that saved tensors outweigh transients."""
+
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.Sequential(
+            *(layer for _ in range(8) for layer in (nn.Linear(64, 64), nn.SiLU()))
+        )
+        self.broken = broken
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[:8](x)
+        if self.broken:
+            torch._dynamo.graph_break()
+        return self.layers[8:](x).square().sum()
 
 
 def batch(rows: int = 512) -> Tensor:
@@ -73,6 +94,12 @@ def trained(
 
 def representations(plan: Plan) -> list[tuple[str, str]]:
     return [(t.name, t.representation) for t in plan.tensors]
+
+
+def error(found: list[Tensor], exact: list[Tensor]) -> float:
+    """Relative L2 error of the whole gradient."""
+    wrong = sum(float((a - b).square().sum()) for a, b in zip(found, exact, strict=True))
+    return (wrong / sum(float(b.square().sum()) for b in exact)) ** 0.5
 
 
 def edited(plan: Plan, path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
@@ -234,3 +261,121 @@ def test_the_key_covers_the_plan() -> None:
     other = replace(plan, note="other")
     keys = {Partitioner(make(plan=p)).uuid() for p in (None, plan, other)}
     assert len(keys) == 3
+
+
+# --- bounds -------------------------------------------------------------------------------------
+
+
+def test_bounds_exclude_each_other() -> None:
+    bounds = {"budget_mb": 5, "ratio": 2, "ratio_saved": 2, "max_grad_error": 0.1}
+    for first, second in itertools.combinations(bounds, 2):
+        with pytest.raises(fxcompress.SettingsError, match=f"give {first} or {second}, not both"):
+            fxcompress.backend(**{first: bounds[first], second: bounds[second]})
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"ratio": 0.5}, "ratio=8 asks for an eighth"),
+        ({"ratio": "half"}, "ratio='half' is not a number"),
+        ({"ratio": float("nan")}, "1 or more"),
+        ({"max_grad_error": -0.1}, "0 or more"),
+        ({"max_grad_error": float("inf")}, "0 or more"),
+        ({"max_grad_error": 0.1, "policy": "uniform4"}, 'policy="auto"'),
+        ({"max_grad_error": 0.1, "plan": Plan("auto", None, (), 0, 0)}, "its own choices"),
+    ],
+    ids=str,
+)
+def test_bad_bounds(settings: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(fxcompress.SettingsError) as caught:
+        fxcompress.backend(**settings)
+    assert remedy in str(caught.value)
+
+
+def test_ratio_is_a_share_of_the_plain_peak() -> None:
+    calibration = fxcompress.calibrate(Deep(), batch(), loss=lambda loss: loss)
+    plain, exact = trained(Deep(), ratio=1)
+    assert "within the budget" in plain.note
+    lowest = None
+    for ratio in (1.3, 2.0):
+        plan, gradients = trained(Deep(), ratio=ratio, calibration=calibration)
+        assert plan.plain_peak_bytes == plain.plain_peak_bytes
+        assert plan.planned_peak_bytes <= plain.plain_peak_bytes / ratio
+        assert lowest is None or plan.planned_peak_bytes < lowest
+        lowest = plan.planned_peak_bytes
+        assert error(gradients, exact) < 0.1
+    budget = plain.plain_peak_bytes / 2 / 1e6
+    same, _ = trained(Deep(), budget_mb=budget, calibration=calibration)
+    assert representations(same) == representations(plan)
+    with pytest.raises(fxcompress.BudgetError, match=r"ratio=100 \(a budget of .* smallest feasib"):
+        trained(Deep(), ratio=100)
+
+
+def test_ratio_counts_what_plain_graphs_would_save() -> None:
+    """The second graph's bound is a share of a step in which the first was plain, too."""
+    plain, _ = trained(Deep(broken=True), ratio=1)
+    plan, _ = trained(Deep(broken=True), ratio=1.5)
+    assert plan.graphs == 2
+    assert plan.plain_peak_bytes == plain.plain_peak_bytes
+    assert plan.planned_peak_bytes <= plain.plain_peak_bytes / 1.5
+
+
+def test_max_grad_error_is_a_ceiling_on_noise() -> None:
+    _, exact = trained(Deep(), ratio=1)
+    calibration = fxcompress.calibrate(Deep(), batch(), loss=lambda loss: loss)
+    peaks, errors = [], []
+    for ceiling in (0.0, 0.01, 0.1, 0.5):
+        plan, gradients = trained(Deep(), max_grad_error=ceiling, calibration=calibration)
+        assert plan.predicted_variance <= ceiling**2 * 1.001
+        assert plan.calibrated
+        assert plan.gap is not None
+        peaks.append(plan.planned_peak_bytes)
+        errors.append(error(gradients, exact))
+        assert errors[-1] <= 1.5 * ceiling + 1e-6  # one draw of the noise
+    assert errors[0] < 1e-6
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[-1] < 0.7 * peaks[0]
+
+
+def test_max_grad_error_and_budget_are_duals() -> None:
+    """What a ceiling reaches, a budget of that size reaches with no more noise."""
+    calibration = fxcompress.calibrate(Deep(), batch(), loss=lambda loss: loss)
+    plan, _ = trained(Deep(), max_grad_error=0.1, calibration=calibration)
+    budget = plan.planned_peak_bytes * MARGIN / 1e6 * 1.001
+    dual, _ = trained(Deep(), budget_mb=budget, calibration=calibration)
+    assert dual.predicted_variance <= plan.predicted_variance * 1.01
+    assert dual.predicted_variance <= 0.01
+
+
+def test_max_grad_error_measures_the_first_batch() -> None:
+    plan, _ = trained(Deep(), max_grad_error=0.1)
+    assert plan.calibrated
+    assert 0 < plan.predicted_variance <= 0.01 * 1.001
+
+
+def test_max_grad_error_out_of_reach_of_overrides() -> None:
+    calibration = fxcompress.calibrate(Deep(), batch(), loss=lambda loss: loss)
+    with pytest.raises(fxcompress.BudgetError, match="the overrides alone add"):
+        trained(
+            Deep(),
+            max_grad_error=1e-3,
+            calibration=calibration,
+            overrides=[{"match": "*", "codec": "rotate(bits=1)"}],
+        )
+
+
+def test_the_gap_is_in_the_plan() -> None:
+    plan, _ = trained(Deep(), ratio=2)
+    assert plan.gap is not None
+    assert 0 <= plan.gap <= GAP
+    fixed, _ = trained(Deep(), policy="uniform4")
+    assert fixed.gap is None
+
+
+def test_the_key_covers_bounds() -> None:
+    bounds = [{}, {"ratio": 2}, {"ratio": 3}, {"max_grad_error": 0.1}, {"max_grad_error": 0.2}]
+    keys = {Partitioner(make(**b)).uuid() for b in bounds}
+    assert len(keys) == len(bounds)
+    plain = {"another graph": 50}
+    with_plain = Partitioner(make(ratio=2), Ledger({"another graph": 10}, plain=plain)).uuid()
+    assert with_plain != Partitioner(make(ratio=2), Ledger({"another graph": 10})).uuid()
