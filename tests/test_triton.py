@@ -20,9 +20,10 @@ import pytest
 import torch
 from codec_checks import FLOATS, step_key
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxcompress import rng
-from fxcompress.codecs import Affine, Bits, Codec
+from fxcompress.codecs import Affine, Bits, Codec, states
 from fxcompress.codecs.average import Average
 from fxcompress.codecs.cast import Cast
 from fxcompress.codecs.dither import Dither
@@ -30,6 +31,7 @@ from fxcompress.codecs.magnitude import Magnitude
 from fxcompress.codecs.rotate import Rotate
 from fxcompress.codecs.sign import Sign
 from fxcompress.codecs.subsample import Subsample
+from fxcompress.codecs.transform import RATES, Transform
 from fxcompress.kernels import triton as kernels
 
 if TYPE_CHECKING:
@@ -266,6 +268,55 @@ def test_launches_are_recorded_without_a_gpu() -> None:
         Affine(4).encode(torch.empty(0, device="meta"), key, STREAM)
     assert not launches
     assert not kernels.takes(torch.ones(8), 256)
+
+
+class Operators(TorchDispatchMode):
+    """The names of ATen operators called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+KERNELS = (Affine(4), Dither(4), Rotate(2), Subsample(0.5), Average(0.5), Magnitude(4))
+PLAIN = (Sign("mean"), Cast("e4m3"), Cast("e4m3", "stochastic"))
+
+
+@compiled
+@pytest.mark.parametrize("c", [*KERNELS, *PLAIN], ids=str)
+def test_nothing_but_views_and_launches(c: Codec) -> None:
+    # So that no step waits for the GPU, and a CUDA graph holds all of it.
+    x, key = torch.empty(5000, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
+    with kernels.recorded(32) as launches, Operators() as called:
+        c.decode(c.encode(x, key, STREAM), x.shape, x.dtype, key, STREAM)
+    assert called.names <= {"detach", "new_empty", "empty", "slice", "view"}
+    assert launches
+    assert all(a.device == x.device for a in launches[0].arguments if isinstance(a, Tensor))
+
+
+@compiled
+def test_transform_brings_its_constants_to_the_device_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states, "_path", lambda name: tmp_path / f"state-{name}.npz")
+    matrix = torch.eye(8)[None]
+    basis = {"mean": torch.zeros(8), "sides": torch.tensor([4, 4]), "order": torch.arange(128)}
+    rates = {"rates": torch.arange(128).remainder(len(RATES)).to(torch.uint8)}
+    given = states.put({**basis, "analysis": matrix, "synthesis": matrix})
+    c = Transform(given, states.put(rates))
+    x = torch.empty(2, 16, 16, 8, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(2, dtype=torch.int64, device="meta")
+    seen = []
+    for _ in range(2):
+        with kernels.recorded(32) as launches, Operators() as called:
+            c.decode(c.encode(x, key, STREAM), x.shape, x.dtype, key, STREAM)
+        assert len(launches) >= 2 * (len(RATES) - 1)
+        seen.append(called.names & {"_to_copy", "lift_fresh", "_local_scalar_dense", "nonzero"})
+    assert seen == [{"_to_copy", "lift_fresh"}, set()]
 
 
 @pytest.mark.slow

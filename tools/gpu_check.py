@@ -29,6 +29,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -143,11 +144,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _machine(run: Run) -> dict[str, Any]:
-    about = {"torch": torch.__version__, "gpu": None, "device_gb": None}
-    if run.cuda:
-        properties = torch.cuda.get_device_properties(0)
-        about |= {"gpu": properties.name, "device_gb": properties.total_memory / 1e9}
-    return about
+    version = str(torch.__version__)
+    if not run.cuda:
+        return {"torch": version, "gpu": None, "device_gb": None}
+    properties = torch.cuda.get_device_properties(0)
+    return {"torch": version, "gpu": properties.name, "device_gb": properties.total_memory / 1e9}
 
 
 # ---- kernels ----
@@ -159,14 +160,15 @@ def kernels(run: Run) -> dict[str, Any]:
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(run.elements, device=run.device).to(dtype)
         y = torch.empty_like(x)
-        copy[str(dtype)] = 2 * x.nbytes / seconds(run, lambda x=x, y=y: y.copy_(x)) / 1e9
+        copy[str(dtype)] = 2 * x.nbytes / seconds(run, partial(y.copy_, x)) / 1e9
         for spec in KERNELS if dtype == torch.float32 else KERNELS_BF16:
             if run.cuda and run.left < 300:
                 break
             row = _kernel(run, codec(spec), x, copy[str(dtype)])
             print(row, flush=True)
             rows.append(row)
-    return {"ok": all(row["equal"] for row in rows), "copy_gb_s": copy, "rows": rows}
+    ok = bool(rows) and all(row["equal"] for row in rows)
+    return {"ok": ok, "copy_gb_s": copy, "rows": rows}
 
 
 def _kernel(run: Run, c: Codec, x: Tensor, copy_gb_s: float) -> dict[str, Any]:

@@ -141,9 +141,9 @@ def encode(
     codes, steps = sections
     given = (x, codes, steps.view(torch.int16), key, x.numel(), stream & rng.MASK)
     constants = {"LEVELS": levels, "BITS": (2 * levels).bit_length(), "GROUP": group}
-    constants |= {"SHARE": 1.0 / levels, "EUCLIDEAN": euclidean}
+    share = 1.0 / levels
     return [
-        piece.launch(encode_kernel, *given, **constants)
+        piece.launch(encode_kernel, *given, SHARE=share, EUCLIDEAN=euclidean, **constants)
         for piece in pieces(x.numel(), group, x.element_size())
     ]
 
@@ -153,8 +153,8 @@ def decode(sections: Sequence[Tensor], x: Tensor, levels: int, group: int) -> li
     codes, steps = sections
     given = (codes, steps.view(torch.int16), x, x.numel())
     constants = {"LEVELS": levels, "BITS": (2 * levels).bit_length(), "GROUP": group}
-    constants["LIMIT"] = torch.finfo(x.dtype).max
+    limit = torch.finfo(x.dtype).max
     return [
-        piece.launch(decode_kernel, *given, **constants)
+        piece.launch(decode_kernel, *given, LIMIT=limit, **constants)
         for piece in pieces(x.numel(), group, x.element_size())
     ]
