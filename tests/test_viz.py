@@ -375,9 +375,29 @@ def test_table_sorts(page: Page):
     assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan("auto", None, (), 0, 0, note="left as plain Inductor"),
+        replace(PLAN, tensors=(replace(PLAN.tensors[1], shape=("s0", 4), alternatives=()),)),
+        replace(PLAN, timeline=(), gap=0.02, graphs=3),
+    ],
+)
+def test_odd_plans_open(plan: Plan, browser: Any, tmp_path: Path):
+    path = tmp_path / "odd.html"
+    path.write_text(viz_html.page(plan, "odd"))
+    browser.get(path.as_uri())
+    page = Page(browser)
+    assert len(page.all("#rows tr")) == len(plan.tensors)
+    assert page.text("#title") == "odd"
+    assert browser.get_log("browser") == []
+
+
 def test_zoom(page: Page):
+    page.one("#fit").click()
     width = page.one("#drawing").size["width"]
     page.one("#in").click()
     assert page.one("#drawing").size["width"] > width
-    page.one("#fit").click()
-    assert page.one("#drawing").size["width"] == width
+    page.one("#out").click()
+    page.one("#out").click()
+    assert page.one("#drawing").size["width"] < width

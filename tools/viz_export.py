@@ -35,7 +35,8 @@ def explorer_graph(plan: Plan, title: str) -> str:
             "reason": tensor.reason,
         }
         attributes = [{"key": k, "value": str(v)} for k, v in facts.items() if v not in ("", None)]
-        nodes.append(_node(name, tensor.op, f"forward.{tensor.module}", [], attributes))
+        label = f"{name} ({tensor.op})"
+        nodes.append(_node(name, label, f"forward.{tensor.module}", [], attributes))
     for module, saved in reversed(backward.items()):
         name = f"backward of {module or 'the model'}"
         nodes.append(_node(name, "backward", f"backward.{module}", saved, []))

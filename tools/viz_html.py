@@ -74,6 +74,7 @@ def payload(
             "measured_peak": plan.measured_peak_bytes,
             "variance": plan.predicted_variance,
             "calibrated": plan.calibrated,
+            "gap": plan.gap,
             "graphs": plan.graphs,
             "note": plan.note,
         },

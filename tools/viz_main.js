@@ -29,7 +29,14 @@ function showRung(k) {
   drawLegend();
   drawLadder(k);
   drawTable();
+  drawTimeline();
   if (state.chosen !== null) showTensor(state.chosen);
+}
+
+// The whole width of the graph, where the window is narrow.
+function fitZoom() {
+  const [, , width] = byId("drawing").getAttribute("viewBox").split(" ").map(Number);
+  return Math.min(1, byId("graph").clientWidth / width);
 }
 
 // Drag the graph; a click that moved nothing stays a click.
@@ -94,5 +101,6 @@ drawGraph();
 drawTimeline();
 drawLadder();
 drawTable();
+setZoom(fitZoom());
 listen();
 showList("Largest saved tensors", DATA.tensors.map((t, i) => i).sort((a, b) => now[b].after - now[a].after).slice(0, 12));
