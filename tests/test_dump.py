@@ -55,6 +55,16 @@ PLAN = Plan(
 )
 
 
+MODEL = """
+import torch
+from torch import nn
+
+def make(batch, size):
+    model = nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.Linear(size, 1))
+    return model, (torch.randn(batch, size),), lambda output: output.square().mean()
+"""
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> str:
     path = tmp_path / "plan.json"
@@ -77,6 +87,24 @@ def test_json_fits_its_schema(saved, capsys):
     assert b["variance_share"] == pytest.approx(0.6)  # of 0.02 + 0.06 + 0.02
     assert c["bits"] is None
     assert c["readers"] == ["mul ×2", "le (exact)"]
+
+
+def test_measured_errors_of_a_model(tmp_path: Path, capsys):
+    (tmp_path / "made.py").write_text(MODEL)
+    spec = [f"{tmp_path / 'made.py'}:make", "--batch", "256", "--size", "64"]
+    arguments = [*spec, "--policy", "uniform4", "--values", "--format", "json"]
+    found = json.loads(run(capsys, *arguments))
+    jsonschema.validate(found, SCHEMA)
+    errors = {t["representation"]: t["measured_error"] for t in found["tensors"]}
+    # Groups of 256 normal values span about 5.6 standard deviations, so a step is 5.6 / 15; the
+    # variance of stochastic rounding is a sixth of its square.
+    assert errors["affine(bits=4)"] == pytest.approx(5.6 / 15 / 6**0.5, rel=0.1)
+    assert errors["recompute"] is None
+
+
+def test_values_need_a_model(saved, capsys):
+    assert cli.main(["dump", saved, "--values"]) == 2
+    assert "--values needs a MODEL" in capsys.readouterr().err
 
 
 def test_schema_refuses_what_it_does_not_know(saved, capsys):

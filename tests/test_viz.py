@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from fxcompress.plan import Alternative, Moment, Plan, TensorPlan
-from fxcompress.tools import cli, plan_command, viz_export, viz_graph, viz_html, viz_values
+from fxcompress.tools import cli, plan_command, viz_export, viz_graph, viz_html
+from fxcompress.tools.values import histograms
 from fxcompress.tools.viz_tree import kind_of, module_tree, rows
 
 LAYERS = 12
@@ -204,7 +205,7 @@ def test_histograms_count_every_element(tmp_path: Path):
     spec = f"{tmp_path / 'made.py'}:make"
     plan = plan_command.make(spec, 256, 64, policy="uniform4")
     task = plan_command.task_of(spec, 256, 64)
-    found = viz_values.histograms(plan, plan_command.recorded(task))
+    found = histograms(plan, plan_command.recorded(task))
     coded = {t.name for t in plan.tensors if t.representation == "affine(bits=4)"}
     assert coded
     for name in coded:

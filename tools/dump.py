@@ -13,11 +13,12 @@ from fxcompress.errors import FxCompressError
 from fxcompress.plan import Plan, TensorPlan
 from fxcompress.tools import output, plan_command
 from fxcompress.tools.output import Row, megabytes
+from fxcompress.tools.values import errors as measured_errors
 
 EXAMPLES = """\
 examples:
   fxcompress dump plan.json --sort bytes
-  fxcompress dump gpt:small --budget-mb 20 --format csv > precision.csv
+  fxcompress dump gpt:small --budget-mb 20 --values --format csv > precision.csv
   fxcompress dump plan.json --format json | jq '.tensors[] | select(.bits < 4) | .tensor'
   fxcompress dump --diff before.json after.json
 """
@@ -42,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sort", choices=_SORTS, help="largest first (default: the order of the forward pass)"
     )
+    parser.add_argument(
+        "--values",
+        action="store_true",
+        help="for a MODEL: each tensor's measured quantization error, over its values",
+    )
     plan_command.add_model_options(parser)
 
 
@@ -61,7 +67,13 @@ def run(args: argparse.Namespace) -> int:
         )
         _write("diff", rows, _DIFF_COLUMNS, args.format, title, totals)
         return 0
+    if args.values and args.source.endswith(".json"):
+        raise FxCompressError("--values needs a MODEL: a saved plan has no values")
     plan = plan_command.plan_of(args)
+    errors = {}
+    if args.values:
+        task = plan_command.task_of(args.source, args.batch, args.size, args.seed)
+        errors = measured_errors(plan, plan_command.recorded(task))
     tensors = sorted(plan.tensors, key=_SORTS[args.sort]) if args.sort else plan.tensors
     title = (
         f"policy {plan.policy}; saved {megabytes(plan.saved_bytes_before)} → "
@@ -69,13 +81,13 @@ def run(args: argparse.Namespace) -> int:
         f"{megabytes(plan.planned_peak_bytes)} MB, gradient variance "
         f"{plan.predicted_variance:.3g} ({'measured' if plan.calibrated else 'guessed'})"
     )
-    rows = [row(t, plan.predicted_variance) for t in tensors]
+    rows = [row(t, plan.predicted_variance, errors.get(t.name)) for t in tensors]
     _write("dump", rows, _COLUMNS, args.format, title, _totals(plan), plan.note)
     return 0
 
 
-def row(tensor: TensorPlan, whole_variance: float) -> dict[str, Any]:
-    """One line of the dump; ``whole_variance`` is that of the plan."""
+def row(tensor: TensorPlan, whole_variance: float, error: float | None = None) -> dict[str, Any]:
+    """One line of the dump; ``whole_variance`` is that of the plan, ``error`` was measured."""
     variance = tensor.predicted_variance
     sizes_known = all(isinstance(size, int) for size in tensor.shape)
     return {
@@ -92,6 +104,7 @@ def row(tensor: TensorPlan, whole_variance: float) -> dict[str, Any]:
         "bytes_before": tensor.storage_bytes,
         "bytes_after": tensor.bytes_after,
         "variance_share": share(variance, whole_variance),
+        "measured_error": error,
         "reason": tensor.reason,
     }
 
@@ -168,6 +181,7 @@ def _totals(plan: Plan) -> dict[str, Any]:
         "measured_peak_bytes": plan.measured_peak_bytes,
         "predicted_variance": float(plan.predicted_variance),
         "calibrated": plan.calibrated,
+        "gap": plan.gap,
     }
 
 

@@ -10,7 +10,8 @@ import graphviz
 
 from fxcompress.errors import FxCompressError
 from fxcompress.plan import Plan
-from fxcompress.tools import plan_command, viz_export, viz_graph, viz_html, viz_values
+from fxcompress.tools import plan_command, viz_export, viz_graph, viz_html
+from fxcompress.tools.values import histograms
 
 EXAMPLES = """\
 examples:
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     plan, title = plan_command.plan_of(args), Path(args.source).name
     if args.values:
         task = plan_command.task_of(args.source, args.batch, args.size, args.seed)
-        shown = viz_values.histograms(plan, plan_command.recorded(task))
+        shown = histograms(plan, plan_command.recorded(task))
         text = viz_html.page(plan, title, args.depth, shown)
     else:
         text = WRITERS[endings[0]](plan, title, args.depth)

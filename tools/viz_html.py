@@ -34,7 +34,7 @@ def page(
         plan: what to show.
         title: name of the model or file.
         depth: of modules in the first view; None: as deep as stays readable.
-        histograms: by tensor name, from :func:`fxcompress.tools.viz_values.histograms`.
+        histograms: by tensor name, from :func:`fxcompress.tools.values.histograms`.
     """
     data = json.dumps(payload(plan, title, depth, histograms), separators=(",", ":"))
     folder = files("fxcompress.tools")

@@ -1,4 +1,4 @@
-"""Values: histograms of what each saved tensor holds, and of what its codec does to it."""
+"""Values: what each saved tensor holds, and the error that its codec adds."""
 
 from __future__ import annotations
 
@@ -32,6 +32,24 @@ def histograms(plan: Plan, recordings: Sequence[Recording]) -> dict[str, list[di
     return {name: list(_of(values, specs.get(name, ""))) for name, values in _values(recordings)}
 
 
+def errors(plan: Plan, recordings: Sequence[Recording]) -> dict[str, float]:
+    """By tensor name: root mean square of its quantization error over that of its values."""
+    specs = {tensor.name: tensor.representation for tensor in plan.tensors}
+    found = {}
+    for name, values in _values(recordings):
+        spec = specs.get(name, "")
+        if spec and spec not in _EXACT:
+            square = float(values.float().square().sum())
+            found[name] = (float(_error(values, spec).square().sum()) / max(square, 1e-30)) ** 0.5
+    return found
+
+
+def _error(values: Tensor, spec: str) -> Tensor:
+    found, key = codec(spec), torch.tensor([1, 0], device=values.device)
+    payload = found.encode(values, key, 0)
+    return found.decode(payload, values.shape, values.dtype, key, 0).float() - values.float()
+
+
 def _values(recordings: Sequence[Recording]) -> Iterator[tuple[str, Tensor]]:
     for recording in recordings:
         for tensor in sensitivity(recording, is_codable, probes=0).tensors:
@@ -41,13 +59,10 @@ def _values(recordings: Sequence[Recording]) -> Iterator[tuple[str, Tensor]]:
 def _of(values: Tensor, spec: str) -> Iterator[dict[str, Any]]:
     spread = float(values.float().std())
     yield _histogram(f"Values, standard deviation {spread:.3g}", values)
-    if spec in _EXACT or not spec:
-        return
-    found, key = codec(spec), torch.tensor([1, 0], device=values.device)
-    payload = found.encode(values, key, 0)
-    error = found.decode(payload, values.shape, values.dtype, key, 0).float() - values.float()
-    rms = float(error.square().mean().sqrt())
-    yield _histogram(f"Quantization error, rms {rms:.3g}", error)
+    if spec and spec not in _EXACT:
+        error = _error(values, spec)
+        rms = float(error.square().mean().sqrt())
+        yield _histogram(f"Quantization error, rms {rms:.3g}", error)
 
 
 def _histogram(title: str, values: Tensor) -> dict[str, Any]:
