@@ -45,7 +45,7 @@ from fxcompress.codecs.grid import check_choice, fixed_error, narrow, round_up
 from fxcompress.codecs.payload import Section, carve, section_bytes
 from fxcompress.codecs.sharing import Piece, Sharing, sharing
 from fxcompress.errors import CodecError
-from fxcompress.kernels import triton
+from fxcompress.kernels import cpu, triton
 
 _FORMATS = {
     "bf16": torch.bfloat16,
@@ -90,21 +90,28 @@ class Cast(Codec):
         return section_bytes(*self._sections(shape))
 
     def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
-        # A group of the whole tensor, or of odd size, has no kernel.
-        if self.group % 8 or not self.group or not triton.takes(x, self.group):
-            return False
-        from fxcompress.kernels.triton import cast as gpu
+        used = key if self.stochastic else None
+        if self.group % 8 == 0 and self.group and triton.takes(x, self.group):
+            from fxcompress.kernels.triton import cast as gpu
 
-        parts, used = carve(payload, *self._sections(x.shape)), key if self.stochastic else None
-        triton.run(gpu.encode(x, parts, self.group, used, stream))
+            parts = carve(payload, *self._sections(x.shape))
+            triton.run(gpu.encode(x, parts, self.group, used, stream))
+            return True
+        if not self.group or x.device.type != "cpu" or not cpu.available():
+            return False
+        keys = None if used is None else rng.stream_key_ints(used, stream)
+        cpu.cast_encode(x, payload, self.format, self.group, keys)
         return True
 
     def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
-        if self.group % 8 or not self.group or not triton.takes(x, self.group):
-            return False
-        from fxcompress.kernels.triton import cast as gpu
+        if self.group % 8 == 0 and self.group and triton.takes(x, self.group):
+            from fxcompress.kernels.triton import cast as gpu
 
-        triton.run(gpu.decode(carve(payload, *self._sections(x.shape)), x, self.group))
+            triton.run(gpu.decode(carve(payload, *self._sections(x.shape)), x, self.group))
+            return True
+        if not self.group or x.device.type != "cpu" or not cpu.available():
+            return False
+        cpu.cast_decode(payload, x, self.format, self.group)
         return True
 
     def error(self, x: Tensor) -> ErrorModel:
@@ -196,7 +203,8 @@ class Cast(Codec):
         shifted, shift = self._shifted(values)
         bits = (shifted.view(torch.int32) + piece.fold(noise)) & (-1 << self._dropped)
         sign = values.view(torch.int32) & -0x80000000
-        return ((bits.view(torch.float32) - shift).view(torch.int32) | sign).view(torch.float32)
+        rounded = ((bits.view(torch.float32) - shift).view(torch.int32) | sign).view(torch.float32)
+        return torch.where(values.isnan(), math.nan, rounded)  # noise may carry a NaN over to -0
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from fxcompress.torch_private import load_cpp
 
+_FORMATS = ("bf16", "fp16", "e4m3", "e5m2")
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # Below this many elements (about 20 us of work), waking other threads costs more than it saves.
 _PARALLEL = 1 << 16
 
 # One translation unit, in this order.
-_SOURCES = ("common", "affine", "bits", "dither", "rotate", "subsample")
+_SOURCES = ("common", "affine", "bits", "cast", "dither", "rotate", "subsample")
 
 _pointer, _i64, _int, _u32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32
 _ARGUMENTS = {
@@ -26,6 +27,8 @@ _ARGUMENTS = {
     "fxc_affine_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _int),
     "fxc_bits_encode": (_pointer, _pointer, _i64, _i64, _int, _int, _int),
     "fxc_bits_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _int),
+    "fxc_cast_encode": (_pointer, _pointer, _i64, _i64, _int, _int, _int, _u32, _u32, _int),
+    "fxc_cast_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _int),
     "fxc_dither_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _u32, _u32, _int),
     "fxc_rotate_encode": (
         *(_pointer, _pointer, _i64, _pointer, _int, _i64, _int, _int, _int),
@@ -76,6 +79,22 @@ def bits_encode(x: Tensor, payload: Tensor, bits: int, low: int) -> None:
 def bits_decode(payload: Tensor, x: Tensor, bits: int, low: int) -> None:
     """Fill `x` (bool or integers) from its payload. See `codecs.bits`."""
     _call("fxc_bits_decode", x, payload, x, low, bits, _log2(x.element_size()))
+
+
+def cast_encode(
+    x: Tensor, payload: Tensor, format: str, group: int, keys: tuple[int, int] | None
+) -> None:
+    """Write the payload of `x` (float32, bfloat16 or float16), to nearest without `keys`.
+
+    See `codecs.cast`.
+    """
+    kinds = (_FORMATS.index(format), keys is not None, _FLOATS[x.dtype])
+    _call("fxc_cast_encode", x, x, payload, group, *kinds, *(keys or (0, 0)))
+
+
+def cast_decode(payload: Tensor, x: Tensor, format: str, group: int) -> None:
+    """Fill `x` (float32, bfloat16 or float16) from its payload. See `codecs.cast`."""
+    _call("fxc_cast_decode", x, payload, x, group, _FORMATS.index(format), _FLOATS[x.dtype])
 
 
 def dither_decode(payload: Tensor, x: Tensor, bits: int, group: int, k_a: int, k_b: int) -> None:
