@@ -238,7 +238,8 @@ def staleness(found: Transform, values: Tensor) -> float:
     """
     state = states.arrays(found.basis)
     rates = states.arrays(found.rates)["rates"]
-    now = _mean_square(found.forward(values.float())).numpy()
+    z = found.forward(values.float())
+    now = _shrunk(_mean_square(z), state["analysis"].shape[-1], z.shape[1]).numpy()
     errors = _errors()[rates] * state["weight"]
     return float((errors * now).sum() / max((errors * state["energy"]).sum(), 1e-300))
 

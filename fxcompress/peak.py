@@ -29,6 +29,7 @@ from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.capture import Cut, output_args, placeholders
 from fxcompress.passes.insert import clusters
 from fxcompress.passes.layout import can_pin, copied_inputs
+from fxcompress.passes.rectified import mask_of
 from fxcompress.passes.rewrite import KEEP, Choice, hoisted_nodes
 from fxcompress.passes.standardise import units_of
 
@@ -162,7 +163,8 @@ def timeline(cut: Cut, candidates: Sequence[Candidate], *, channels_last: bool) 
         size = 0 if root in held_by_user else candidate.own_bytes
         kept[name] = step.span(born, needed, size)
         dropped[name] = step.span(born, used, size)
-        if units_of(saved.forward) is not None:  # a second buffer, in the units of its channels
+        # A second buffer: in the units of its channels, or with its zeros filled.
+        if units_of(saved.forward) is not None or mask_of(candidate) is not None:
             dropped[name] += step.span(used, used, size)
         readers = _live_readers(candidate)
         decoded[name] = _copies(step, cut, readers, candidate.own_bytes)

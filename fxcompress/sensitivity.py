@@ -23,6 +23,7 @@ from fxcompress.codecs import codec
 from fxcompress.evaluate import Evaluation
 from fxcompress.evidence import Price
 from fxcompress.passes.analyse import Candidate
+from fxcompress.passes.rectified import filled, mask_of
 from fxcompress.passes.standardise import units_of
 from fxcompress.record import Recording, backward_inputs, run_forward
 
@@ -101,6 +102,9 @@ def sensitivity(
             mean, rstd = (watched[n.name].detach() for n in (unit.mean, unit.rstd))
             value = (value - mean) * rstd
             weights = [w / rstd for w in weights]
+        elif mask_of(candidate) is not None:  # zeros come back exact
+            weights = [w * (value > 0) for w in weights]
+            value = filled(value)
         order = candidate.order
         tensors.append(
             Measured(

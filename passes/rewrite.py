@@ -29,6 +29,7 @@ from fxcompress.passes.insert import (
     insert_to_host,
 )
 from fxcompress.passes.layout import pin_inputs
+from fxcompress.passes.rectified import insert_filled, insert_masked, mask_of
 from fxcompress.passes.standardise import Units, insert_standardised, units_of
 
 KEEP, MASKS, SHAPE = "keep", "masks", "shape"
@@ -64,6 +65,12 @@ class Choice:
         if self.codec_spec is None:
             return self.representation != KEEP
         return not codec(self.codec_spec).lossless
+
+    @property
+    def knows_zeros(self) -> bool:
+        """The zeros of a ReLU's output are kept apart, in its mask."""
+        coded = self.codec_spec is not None and self.drops_values and self.exact_masks
+        return coded and mask_of(self.candidate) is not None
 
 
 def hoisted_nodes(choices: Iterable[Choice]) -> dict[fx.Node, Choice]:
@@ -103,13 +110,16 @@ def rewrite(cut: Cut, choices: Sequence[Choice], plan_key: str, *, channels_last
         cut.backward,
         dict.fromkeys(n for c in choices if c.drops_values for n in c.candidate.attention),
     )
+    rectified = [c for c in choices if c.knows_zeros]
+    masks = {c: hoisted[insert_masked(cut.backward, c.candidate)] for c in rectified}
     exchange = _Exchange(cut, plan_key, channels_last)
     for node, twin in hoisted.items():
         exchange.add_hoisted(node, twin, integer_spec(prop.integer_range(node)))
     cut.backward.graph.eliminate_dead_code()  # what only led to hoisted nodes needs no decode
     for stream, choice in enumerate(choices):
         if choice.codec_spec is not None:
-            exchange.swap(choice.candidate, choice.codec_spec, stream, choice.host)
+            mask = masks.get(choice)
+            exchange.swap(choice.candidate, choice.codec_spec, stream, choice.host, mask)
         elif choice.representation == SHAPE:
             insert_blank(cut.backward, choice.candidate.saved.backward)
     return exchange.settle()
@@ -138,13 +148,19 @@ class _Exchange:
         received = self._join(payload)
         insert_decodes(self.cut.backward, node, received, spec, None, 0, order)
 
-    def swap(self, candidate: Candidate, spec: str, stream: int, host: bool) -> None:
-        """Save a payload in place of the tensor."""
+    def swap(
+        self, candidate: Candidate, spec: str, stream: int, host: bool, mask: fx.Node | None
+    ) -> None:
+        """Save a payload in place of the tensor; ``mask``: where it is known to be zero."""
         saved, order = candidate.saved, candidate.order
         forward, backward = self.cut.forward, self.cut.backward
         source, node, key = saved.forward, saved.backward, self._key(saved.forward)
         units = None if codec(spec).lossless else units_of(source)
-        coded = source if units is None else insert_standardised(forward, source, units)
+        coded = source
+        if units is not None:
+            coded = insert_standardised(forward, source, units)
+        elif mask is not None:
+            coded = insert_filled(forward, source, mask)
         payload = insert_encode(forward, coded, spec, key, stream, order)
         if host:
             payload = insert_to_host(forward, payload)

@@ -55,19 +55,19 @@ def insert_standardised(forward: fx.GraphModule, node: fx.Node, units: Units) ->
                     return product
     readers = [u for u in node.users if u.op != "output"]
     with forward.graph.inserting_after(max([*readers, units.rstd])):
-        difference = _call(forward.graph, aten.sub.Tensor, node, units.mean)
+        difference = call(forward.graph, aten.sub.Tensor, node, units.mean)
     with forward.graph.inserting_after(difference):
-        return _call(forward.graph, aten.mul.Tensor, difference, units.rstd)
+        return call(forward.graph, aten.mul.Tensor, difference, units.rstd)
 
 
 def restore(graph: fx.Graph, decoded: fx.Node, units: Units, dtype: torch.dtype) -> fx.Node:
     """``decoded / rstd + mean`` in ``dtype``, at the graph's insertion point; ``units`` of this
     graph."""
-    scaled = _call(graph, aten.div.Tensor, decoded, units.rstd)
-    shifted = _call(graph, aten.add.Tensor, scaled, units.mean)
+    scaled = call(graph, aten.div.Tensor, decoded, units.rstd)
+    shifted = call(graph, aten.add.Tensor, scaled, units.mean)
     if prop.value(shifted).dtype == dtype:
         return shifted
-    return _call(graph, torch.ops.prims.convert_element_type.default, shifted, dtype)
+    return call(graph, torch.ops.prims.convert_element_type.default, shifted, dtype)
 
 
 def _is_of(candidate: object, node: fx.Node) -> bool:
@@ -86,7 +86,7 @@ def _broadcasts(statistic: fx.Node, node: fx.Node) -> bool:
     ) * 4 <= torch_private.size_hint(large.numel())
 
 
-def _call(graph: fx.Graph, target: torch._ops.OpOverload, *args: object) -> fx.Node:
+def call(graph: fx.Graph, target: torch._ops.OpOverload, *args: object) -> fx.Node:
     node = graph.call_function(target, args)  # type: ignore[arg-type]
     values = [prop.value(a) if isinstance(a, fx.Node) else a for a in args]
     first = next(a for a in args if isinstance(a, fx.Node))

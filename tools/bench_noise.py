@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +233,7 @@ def _rewritten(recording: Recording, choices: Sequence[Choice]) -> Any:
     """A copy of the recording's graphs with these choices applied."""
     cut = recording.cut.copy()
     own = {c.name: c for c in analyse(cut, MIN_BYTES, channels_last=recording.channels_last)}
-    moved = [Choice(own[c.candidate.name], c.representation, c.reason) for c in choices]
+    moved = [replace(c, candidate=own[c.candidate.name]) for c in choices]
     return rewrite(cut, moved, "bench", channels_last=recording.channels_last)
 
 
