@@ -37,17 +37,17 @@ struct ToE5M2 : Format<u8, 2, 15> {
 template <class F, bool stochastic>
 inline u32 code_of(float magnitude, u32 hash) {
     u32 bits = bit_cast<u32>(magnitude);
-    const bool below = F::scaled ? magnitude < bit_cast<float>(F::smallest) : bits < F::smallest;
+    const u32 below = u32(int32_t(bits - F::smallest) >> 31);  // all ones below the normals
     if constexpr (stochastic) {
-        const float raise = below ? bit_cast<float>(F::smallest) : 0.0f;
-        bits = bit_cast<u32>(magnitude + raise) + (hash >> (32 - F::dropped));
-        return (bits >> F::dropped) - F::shift - (below ? 1u << F::M : 0u);
+        const float raised = magnitude + bit_cast<float>(below & F::smallest);
+        bits = bit_cast<u32>(raised) + (hash >> (32 - F::dropped));
+        return (bits >> F::dropped) - F::shift - (below & (1u << F::M));
     } else {
         const u32 odd = (bits >> F::dropped) & 1;
         const u32 normal = ((bits + (1u << (F::dropped - 1)) - 1 + odd) >> F::dropped) - F::shift;
         if constexpr (!F::scaled) return normal;
-        const float sum = magnitude + bit_cast<float>(F::spaced);
-        return below ? bit_cast<u32>(sum) & 0x7fffff : normal;
+        const u32 sum = bit_cast<u32>(magnitude + bit_cast<float>(F::spaced)) & 0x7fffff;
+        return (sum & below) | (normal & ~below);
     }
 }
 
