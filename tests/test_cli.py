@@ -51,6 +51,16 @@ def test_plan_of_a_model(factory: str, tmp_path: Path, capsys):
     assert {t.module for t in plan.tensors} >= {"0.0", "1.0", "2.0"}
 
 
+def test_bounds_of_a_plan(factory: str, tmp_path: Path):
+    out = tmp_path / "plan.json"
+    plan = ["plan", factory, "--batch", "256", "--size", "64", "-o", str(out)]
+    assert cli.main([*plan, "--max-grad-error", "0.1"]) == 0
+    assert 0 < Plan.load(out).predicted_variance <= 0.01
+    assert cli.main([*plan, "--ratio", "1.5"]) == 0
+    assert Plan.load(out).planned_peak_bytes <= Plan.load(out).plain_peak_bytes / 1.5
+    assert cli.main([*plan, "--ratio", "1.5", "--budget-mb", "4"]) == 2
+
+
 def test_plan_with_what_was_measured(factory: str, tmp_path: Path):
     out = tmp_path / "plan.json"
     arguments = ["plan", factory, "--batch", "256", "--size", "64", "--policy", "uniform4"]

@@ -60,7 +60,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch", type=int, default=16)
     group.add_argument("--size", type=int, default=64, help="image side, or sequence length")
     group.add_argument("--budget-mb", type=float, help="peak of activations, MB")
-    group.add_argument("--ratio-saved", type=float, help="for policy auto: 1/R of the saved bytes")
+    group.add_argument("--ratio", type=float, metavar="R", help="1/R of plain Inductor's peak")
+    group.add_argument("--ratio-saved", type=float, metavar="R", help="1/R of its saved bytes")
+    group.add_argument(
+        "--max-grad-error", type=float, metavar="E", help="lowest peak at this relative error"
+    )
     group.add_argument("--policy", default=None, help="default: auto")
     group.add_argument("--calibration", type=Path, metavar="FILE", help="a saved calibration")
     group.add_argument("--seed", type=int, default=0, help="of the model's weights and batch")
@@ -119,8 +123,13 @@ def make(
     Raises:
         FxCompressError: a bad setting or model, or a budget out of reach.
     """
-    wanted = settings_of(**settings)  # refuses bad settings before the model is made
-    task = task_of(spec, batch, size, seed)
+    settings_of(**settings)  # refuses bad settings before the model is made
+    return plan_for(task_of(spec, batch, size, seed), measured, **settings)
+
+
+def plan_for(task: Task, measured: bool = False, **settings: Any) -> Plan:
+    """As :func:`make`, for a model that is there; it is left as it was unless ``measured``."""
+    wanted = settings_of(**settings)
     if wanted.calibration is None and _is_calibrated(wanted):
         wanted = replace(wanted, calibration=_calibration(task, wanted))
     partitioner = Partitioner(wanted, Ledger())
@@ -159,8 +168,7 @@ def recorded(task: Task, min_bytes: int = Settings.min_bytes) -> tuple[Recording
 def _is_calibrated(wanted: Settings) -> bool:
     """As the backend decides by itself on the first batch."""
     found = policy(wanted.policy)
-    bounded = wanted.budget_mb is not None or wanted.ratio_saved is not None
-    return found.calibrated or (found.solves and bounded)
+    return found.calibrated or (found.solves and wanted.is_bounded)
 
 
 def _calibration(task: Task, wanted: Settings) -> Calibration:
@@ -204,7 +212,7 @@ def save(path: Path, text: str) -> None:
 
 
 def _plan(spec: str, args: argparse.Namespace) -> Plan:
-    names = ("budget_mb", "ratio_saved", "policy", "calibration")
+    names = ("budget_mb", "ratio", "ratio_saved", "max_grad_error", "policy", "calibration")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     with Console(stderr=True).status("planning"):
         return make(spec, args.batch, args.size, args.seed, args.measure, **given)
