@@ -32,6 +32,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fxcompress import rng
 from fxcompress.codecs import grid as grids
 from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys
 from fxcompress.codecs.grid import META, MIN_STEP, Grid
@@ -39,7 +40,7 @@ from fxcompress.codecs.payload import Section, carve, section_bytes
 from fxcompress.codecs.planar import code_bytes, group_chunks
 from fxcompress.codecs.sharing import Sharing, sharing
 from fxcompress.errors import CodecError
-from fxcompress.kernels import triton
+from fxcompress.kernels import cpu, triton
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,33 @@ class Magnitude(Codec):
         return section_bytes(*self._sections(shape))
 
     def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
-        if key is None or self.meta != "bf16" or not triton.takes(x, self.bucket):
+        if key is None or self.meta != "bf16":
             return False
-        from fxcompress.kernels.triton import magnitude as gpu
+        euclidean = self.norm == "l2"
+        if triton.takes(x, self.bucket):
+            from fxcompress.kernels.triton import magnitude as gpu
 
-        parts, euclidean = carve(payload, *self._sections(x.shape)), self.norm == "l2"
-        triton.run(gpu.encode(x, parts, self.levels, euclidean, self.bucket, key, stream))
+            parts = carve(payload, *self._sections(x.shape))
+            triton.run(gpu.encode(x, parts, self.levels, euclidean, self.bucket, key, stream))
+            return True
+        if x.device.type != "cpu" or not cpu.available():
+            return False
+        keys = rng.stream_key_ints(key, stream)
+        cpu.magnitude_encode(x, payload, self.levels, euclidean, self.bucket, *keys)
         return True
 
     def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
-        if self.meta != "bf16" or not triton.takes(x, self.bucket):
+        if self.meta != "bf16":
             return False
-        from fxcompress.kernels.triton import magnitude as gpu
+        if triton.takes(x, self.bucket):
+            from fxcompress.kernels.triton import magnitude as gpu
 
-        parts = carve(payload, *self._sections(x.shape))
-        triton.run(gpu.decode(parts, x, self.levels, self.bucket))
+            parts = carve(payload, *self._sections(x.shape))
+            triton.run(gpu.decode(parts, x, self.levels, self.bucket))
+            return True
+        if x.device.type != "cpu" or not cpu.available():
+            return False
+        cpu.magnitude_decode(payload, x, self.levels, self.bucket)
         return True
 
     def error(self, x: Tensor) -> ErrorModel:

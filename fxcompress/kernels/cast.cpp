@@ -1,5 +1,5 @@
 // Kernels of codecs/cast.py: every format by integers, so that all loops vectorise.
-// Of a format with M bits of mantissa and an exponent biased by B, the code of an fp32 number within
+// Of a format with M bits of mantissa and an exponent biased by B, the code of an fp32 number in
 // its range is its bits, cut to M of mantissa, less the difference of the biases. Subnormals are
 // read off a sum with a power of two, whose spacing in fp32 is theirs.
 

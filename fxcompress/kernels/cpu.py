@@ -19,7 +19,7 @@ _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PARALLEL = 1 << 16
 
 # One translation unit, in this order.
-_SOURCES = ("common", "affine", "bits", "cast", "dither", "rotate", "subsample")
+_SOURCES = ("common", "affine", "bits", "cast", "dither", "magnitude", "rotate", "subsample")
 
 _pointer, _i64, _int, _u32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32
 _ARGUMENTS = {
@@ -30,6 +30,8 @@ _ARGUMENTS = {
     "fxc_cast_encode": (_pointer, _pointer, _i64, _i64, _int, _int, _int, _u32, _u32, _int),
     "fxc_cast_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _int),
     "fxc_dither_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _u32, _u32, _int),
+    "fxc_magnitude_encode": (_pointer, _pointer, *(_i64,) * 2, *(_int,) * 4, _u32, _u32, _int),
+    "fxc_magnitude_decode": (_pointer, _pointer, *(_i64,) * 2, *(_int,) * 4),
     "fxc_rotate_encode": (
         *(_pointer, _pointer, _i64, _pointer, _int, _i64, _int, _int, _int),
         *(_u32, _u32, _int),
@@ -100,6 +102,20 @@ def cast_decode(payload: Tensor, x: Tensor, format: str, group: int) -> None:
 def dither_decode(payload: Tensor, x: Tensor, bits: int, group: int, k_a: int, k_b: int) -> None:
     """Fill `x` (float32, bfloat16 or float16) from its payload. See `codecs.dither`."""
     _call("fxc_dither_decode", x, payload, x, group, bits, _FLOATS[x.dtype], k_a, k_b)
+
+
+def magnitude_encode(
+    x: Tensor, payload: Tensor, levels: int, euclidean: bool, group: int, k_a: int, k_b: int
+) -> None:
+    """Write the payload of `x` (float32, bfloat16 or float16). See `codecs.magnitude`."""
+    kinds = ((2 * levels).bit_length(), levels, euclidean, _FLOATS[x.dtype])
+    _call("fxc_magnitude_encode", x, x, payload, group, *kinds, k_a, k_b)
+
+
+def magnitude_decode(payload: Tensor, x: Tensor, levels: int, group: int) -> None:
+    """Fill `x` (float32, bfloat16 or float16) from its payload. See `codecs.magnitude`."""
+    kinds = ((2 * levels).bit_length(), levels, _FLOATS[x.dtype])
+    _call("fxc_magnitude_decode", x, payload, x, group, *kinds)
 
 
 def rotate_encode(
