@@ -10,6 +10,7 @@ from fxcompress.calibrate import calibrate
 from fxcompress.check import Check, check
 from fxcompress.errors import BudgetError, CodecError, FxCompressError, SettingsError
 from fxcompress.evidence import Calibration
+from fxcompress.pareto import Point, max_batch, pareto
 from fxcompress.plan import Plan, TensorPlan
 from fxcompress.policies import policies
 from fxcompress.rng import manual_seed
@@ -21,6 +22,7 @@ __all__ = [
     "CodecError",
     "FxCompressError",
     "Plan",
+    "Point",
     "SettingsError",
     "TensorPlan",
     "backend",
@@ -31,5 +33,7 @@ __all__ = [
     "enabled",
     "explain",
     "manual_seed",
+    "max_batch",
+    "pareto",
     "policies",
 ]

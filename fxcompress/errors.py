@@ -6,7 +6,12 @@ class FxCompressError(Exception):
 
 
 class BudgetError(FxCompressError):
-    """No plan fits the memory budget; the message names the smallest budget that would."""
+    """No plan fits the memory budget; the message names the smallest budget that would.
+
+    smallest_mb: that budget, where it is known.
+    """
+
+    smallest_mb: float | None = None
 
 
 class SettingsError(FxCompressError, ValueError):

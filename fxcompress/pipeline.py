@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
 from fxcompress import __version__, artefacts, report, torch_private
-from fxcompress.decision import baseline, leave_alone, reason_to_leave
+from fxcompress.decision import Decision, baseline, leave_alone, reason_to_leave
 from fxcompress.describe import describe
 from fxcompress.errors import BudgetError, SettingsError
 from fxcompress.evidence import TensorEvidence, signature
@@ -85,47 +85,14 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
 
     def _compress(self, cut: Cut) -> _Modules | None:
         """The two graphs of the plan, made from ``cut`` in place; None to leave all as it was."""
-        settings, reserved = self.settings, self.ledger.reserved()
-        lays_out = settings.inner == "inductor"
-        channels_last = lays_out and torch_private.prefers_channels_last(cut.forward)
-        cut = rebase(cut)
-        others = (reserved, self.ledger.reserved_plain())
-        plain = baseline(cut, settings.min_bytes, *others, channels_last=channels_last)
-        if not plain.candidates:
-            self._declined("left as plain Inductor: nothing is saved for the backward")
+        found = plan_graph(cut, self.settings, self.ledger.reserved(), self.ledger.reserved_plain())
+        key = self._record(found.plan)
+        if found.decision is None:
             return None
-        if note := reason_to_leave(plain, settings):
-            self._record(describe(leave_alone(plain, note), plain, settings))
-            return None
-        cut = recompute(cut, settings.min_bytes)
-        candidates = analyse(cut, settings.min_bytes, channels_last=channels_last)
-        decision = make_plan(
-            cut,
-            candidates,
-            plain,
-            settings,
-            reserved,
-            channels_last=channels_last,
-            evidence=self._evidence(cut),
+        rewritten = rewrite(
+            found.cut, found.decision.choices, key, channels_last=found.channels_last
         )
-        plan = located(describe(decision, plain, settings), cut)
-        if all(tensor.representation == KEEP for tensor in plan.tensors):
-            unchanged = {"note": "nothing to gain", "planned_peak_bytes": plain.peak}
-            self._record(replace(plan, **unchanged))  # type: ignore[arg-type]
-            return None
-        key = self._record(plan)
-        rewritten = rewrite(cut, decision.choices, key, channels_last=channels_last)
         return rewritten.forward, rewritten.backward
-
-    def _evidence(self, cut: Cut) -> Mapping[str, TensorEvidence] | None:
-        """What calibration measured on this graph; None, with a reason logged, if nothing."""
-        calibration = self.settings.calibration
-        if calibration is None:
-            return None
-        found = calibration.of(signature(cut))
-        if found is None:
-            log.warning("the calibration does not cover this graph: was it made on this model?")
-        return found
 
     def _declined(self, note: str) -> None:
         """Record a graph that is compiled as plain Inductor would, and why."""
@@ -139,6 +106,74 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         self.plans[key] = None
         artefacts.show_plan(key, plan)
         return key
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is to become of one graph.
+
+    Attributes:
+        cut: the graphs that the decision is about.
+        decision: None where the graph is left as it was.
+        plan: for the report.
+        channels_last: Inductor will lay feature maps out with channels fastest.
+    """
+
+    cut: Cut
+    decision: Decision | None
+    plan: Plan
+    channels_last: bool
+
+
+def plan_graph(cut: Cut, settings: Settings, reserved: int = 0, reserved_plain: int = 0) -> Planned:
+    """Plan one graph, changing ``cut``.
+
+    Args:
+        reserved, reserved_plain: see :func:`fxcompress.decision.baseline`.
+
+    Raises:
+        BudgetError: no plan keeps the step's peak under the budget.
+        SettingsError: the policy cannot be used here.
+    """
+    lays_out = settings.inner == "inductor"
+    channels_last = lays_out and torch_private.prefers_channels_last(cut.forward)
+    cut = rebase(cut)
+    others = (reserved, reserved_plain)
+    plain = baseline(cut, settings.min_bytes, *others, channels_last=channels_last)
+    if not plain.candidates:
+        note = "left as plain Inductor: nothing is saved for the backward"
+        log.info("%s", note)
+        empty = Plan(settings.policy, settings.budget_mb, (), 0, 0, note)
+        return Planned(cut, None, empty, channels_last)
+    if note := reason_to_leave(plain, settings):
+        plan = describe(leave_alone(plain, note), plain, settings)
+        return Planned(cut, None, plan, channels_last)
+    cut = recompute(cut, settings.min_bytes)
+    candidates = analyse(cut, settings.min_bytes, channels_last=channels_last)
+    decision = make_plan(
+        cut,
+        candidates,
+        plain,
+        settings,
+        reserved,
+        channels_last=channels_last,
+        evidence=_evidence(cut, settings),
+    )
+    plan = located(describe(decision, plain, settings), cut)
+    if all(tensor.representation == KEEP for tensor in plan.tensors):
+        unchanged = replace(plan, note="nothing to gain", planned_peak_bytes=plain.peak)
+        return Planned(cut, None, unchanged, channels_last)
+    return Planned(cut, decision, plan, channels_last)
+
+
+def _evidence(cut: Cut, settings: Settings) -> Mapping[str, TensorEvidence] | None:
+    """What calibration measured on this graph; None, with a reason logged, if nothing."""
+    if settings.calibration is None:
+        return None
+    found = settings.calibration.of(signature(cut))
+    if found is None:
+        log.warning("the calibration does not cover this graph: was it made on this model?")
+    return found
 
 
 def _sources_hash() -> str:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from fxcompress import load_plan, overrides
 from fxcompress.choose import bytes_of, mask_bytes
+from fxcompress.costs import Clock, clock_of
 from fxcompress.decision import MARGIN, Baseline, Decision, budget_of
 from fxcompress.errors import BudgetError, SettingsError
 from fxcompress.evidence import TensorEvidence
@@ -66,7 +67,8 @@ def make_plan(
         SettingsError: the policy needs a calibration, or a device it does not have.
     """
     memory = timeline(cut, candidates, channels_last=channels_last)
-    ladders, fixed = weighed(candidates, plain, settings, evidence)
+    clock = clock_of(cut, plain.candidates) if policy(settings.policy).solves else None
+    ladders, fixed = weighed(candidates, plain, settings, evidence, clock)
     solved = _solved(ladders, plain, settings, memory, reserved, evidence)
     if solved is None:
         choices = _followed(candidates, plain, settings, ladders, fixed, evidence)
@@ -91,12 +93,13 @@ def weighed(
     plain: Baseline,
     settings: Settings,
     evidence: Mapping[str, TensorEvidence] | None,
+    clock: Clock | None,
 ) -> tuple[list[Sequence[Option]], frozenset[str]]:
     """(what each tensor may be, names of those that an override fixes)."""
     found: list[Sequence[Option]] = []
     for candidate in candidates:
         known = (evidence or {}).get(candidate.name)
-        options = ladder(candidate, settings.group, known)
+        options = ladder(candidate, settings.group, known, clock)
         if settings.max_grad_error is not None:  # a bound on noise holds for measured noise only
             prices = known.prices if known is not None else {}
             options = [o for o in options if o.noise == 0 or o.choice.representation in prices]
@@ -258,7 +261,7 @@ def _infeasible(
         asked = f"budget_mb={settings.budget_mb:g}"
     else:
         asked = f"ratio={settings.ratio:g} (a budget of {budget / 1e6:.1f} MB)"
-    return BudgetError(
+    error = BudgetError(
         f"{asked} is out of reach with {chooser}, whose "
         f"peak is {planned / 1e6:.1f} MB; the smallest feasible budget is "
         f"{_round_up_mb(smallest)} MB (policy='auto'). The peak is at {memory.names[position]}, "
@@ -266,6 +269,8 @@ def _infeasible(
         + (f"; {reserved / 1e6:.1f} MB are saved by other graphs" if reserved else "")
         + ". Raise the budget, or make the batch smaller"
     )
+    error.smallest_mb = float(_round_up_mb(smallest))
+    return error
 
 
 def _round_up_mb(size: float) -> str:
