@@ -9,7 +9,12 @@ reduced cost exceeds what is left to win are dropped, and the rest is a small pr
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -303,13 +308,36 @@ def _whole(task: _Task, positions: list[int]) -> OptimizeResult | None:
     constraints = [LinearConstraint(rules, task.program.rules.lb, task.program.rules.ub)]
     if len(bounds):
         constraints.append(LinearConstraint(matrix, -np.inf, bounds - TOLERANCE))
-    return milp(
-        cost,
-        integrality=integrality,
-        bounds=Bounds(0, upper),
-        constraints=constraints,
-        options={"time_limit": remaining, "mip_rel_gap": GAP},
-    )
+    with _quiet():
+        return milp(
+            cost,
+            integrality=integrality,
+            bounds=Bounds(0, upper),
+            constraints=constraints,
+            options={"time_limit": remaining, "mip_rel_gap": GAP},
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No output of C code: the HiGHS of SciPy 1.17 prints ``HighsMipSolverData::transformNew…`` to
+    the process's stdout when it polishes a solution, in the midst of somebody's JSON."""
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    try:
+        sys.stdout.flush()
+        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except (OSError, ValueError, AttributeError):  # no stdout to keep clean
+        yield
+        return
+    try:
+        os.dup2(nowhere, 1)
+        yield
+        if libc is not None:
+            libc.fflush(None)  # what C has buffered would come out later
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _round(task: _Task, taken: Array) -> Array | None:
