@@ -27,7 +27,7 @@ def factory(batch, size):
     return model, (torch.randn(batch, size),), lambda output: output.square().mean()
 """
 COMMANDS = [
-    *("demo", "plan", "dump", "viz", "doctor", "study"),
+    *("demo", "plan", "dump", "viz", "doctor", "study", "pareto", "max-batch"),
     *("bench step", "bench noise", "bench kernels", "bench accuracy", "bench codecs"),
 ]
 
@@ -137,7 +137,8 @@ def test_help(command: str, capsys):
 
 
 @pytest.mark.parametrize(
-    "module", [cli.plan_command, cli.dump, cli.viz_command, cli.doctor, cli.study]
+    "module",
+    [cli.plan_command, cli.dump, cli.viz_command, cli.doctor, cli.study, cli.pareto_command],
 )
 def test_examples_in_the_help_parse(module):
     lines = [line.strip() for line in module.EXAMPLES.splitlines() if "fxcompress" in line]

@@ -25,6 +25,8 @@ from fxcompress.tools import (
     demo,
     doctor,
     dump,
+    max_batch,
+    pareto_command,
     plan_command,
     study,
     viz_command,
@@ -72,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "plan", plan_command, "what would become of a model's saved tensors")
     _add(commands, "dump", dump, "precision of every saved tensor; what changed between two plans")
     _add(commands, "viz", viz_command, "a plan as a page, a drawing, or data for other viewers")
+    _add(commands, "pareto", pareto_command, "what less memory costs in noise and time")
+    _add(commands, "max-batch", max_batch, "the largest batch that a budget allows")
     _add(commands, "study", study, "each saved tensor alone at few bits: its gradient error")
     _add(commands, "doctor", doctor, "what works on this machine, and what to do about the rest")
 

@@ -13,6 +13,7 @@ from fxcompress.errors import FxCompressError
 if TYPE_CHECKING:
     from fxcompress.tools.bench_accuracy import Run
     from fxcompress.tools.bench_codecs import Row as RateRow
+    from fxcompress.tools.pareto_command import Row as ParetoRow
     from fxcompress.tools.study import Row as StudyRow
 
 _EVERY = 25  # steps that a point of a curve averages over
@@ -104,6 +105,34 @@ def study(rows: Sequence[StudyRow], path: Path, title: str) -> None:
     axes.set_xlabel("squared relative error of the parameter gradient")
     axes.set_title(title, fontsize=8, wrap=True)
     axes.legend()
+    _save(plt, figure, path)
+
+
+def pareto(rows: Sequence[ParetoRow], path: Path, title: str) -> None:
+    """Predicted gradient error against the planned peak: auto's curve, other policies as points."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    curve = [r for r in rows if r.policy == "auto" and r.variance > 0]
+    at, errors = [r.peak_mb for r in curve], [r.variance for r in curve]
+    axes.plot(at, errors, marker="o", label="auto")
+    exact: dict[float, list[str]] = {}  # they have no place on a logarithmic axis: lines
+    for row in (r for r in rows if r.policy != "auto"):
+        if row.variance > 0:
+            axes.plot(row.peak_mb, row.variance, "s", color="#b3521f", markersize=4)
+            axes.annotate(f"  {row.policy}", (row.peak_mb, row.variance), fontsize=7, va="center")
+        else:
+            exact.setdefault(round(row.peak_mb, 1), []).append(row.policy)
+    for peak, names in exact.items():
+        label = f"exact: {', '.join(names)}"
+        axes.axvline(peak, color="#9aa0a6", linestyle="--", linewidth=1, label=label)
+    axes.set(yscale="log", xlabel="planned peak, MB", title=title)
+    axes.set_ylabel("predicted squared error of the gradient")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(plt, figure, path)
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:  # no such folder, no such format
