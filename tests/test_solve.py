@@ -363,3 +363,18 @@ def test_a_thousand_tensors() -> None:
         assert found.gap <= GAP
         assert given.step.peak(found.choices) <= low + share * (high - low)
         print(f"least noise at {share:.0%}: {seconds:.2f} s, gap {found.gap:.1e}")
+
+
+def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS writes to the process's own stdout, past Python's."""
+    given = deep(60, 8)
+    program = build(given.ladders, given.step)
+    keep = [ladder[0].choice for ladder in given.ladders]
+    lowest = least_peak(program)
+    assert lowest is not None
+    low, high = given.step.peak(lowest.choices), given.step.peak(keep)
+    print("before")
+    for share in (0.05, 0.1, 0.2, 0.4):
+        assert least_noise(program, peak=low + share * (high - low)) is not None
+    print("after")
+    assert capfd.readouterr().out.split() == ["before", "after"]
