@@ -58,6 +58,26 @@ class Rates:
     bytes: float
 
 
+@dataclass(frozen=True)
+class Clock:
+    """The times of one graph's plain step and of codecs on its device."""
+
+    step: float
+    rates: Rates
+
+    def slowdown(self, choice: Choice) -> float:
+        """Time that a choice adds, over that of the plain step."""
+        return added_seconds(choice, self.rates) / self.step
+
+
+def clock_of(cut: Cut, candidates: Sequence[Candidate]) -> Clock | None:
+    """The clock of a graph, by the device of its saved tensors; None where there are none."""
+    if not candidates:
+        return None
+    found = rates(candidates[0].fake.device.type)
+    return Clock(step_seconds(cut, candidates, found), found)
+
+
 def step_seconds(cut: Cut, candidates: Sequence[Candidate], found: Rates) -> float:
     """Estimated time of plain forward and backward."""
     flops = sum(_flops(n) for m in (cut.forward, cut.backward) for n in m.graph.nodes)
@@ -96,7 +116,7 @@ def rates(device: str) -> Rates:
 
 def _measure(device: torch.device) -> Rates:
     from fxcompress.fit import at_rate, fit
-    from fxcompress.ladder import specs
+    from fxcompress.ladder import specs  # which reads our clock
 
     x = torch.randn(_ELEMENTS // _WIDTH, _WIDTH, device=device)
     key = torch.tensor([1, 2], device=device)

@@ -141,7 +141,7 @@ def _moves(program: Program) -> _Moves:
     flat = [column for row in rows for column in row]
     shape = (len(rows), len(program.sizes))
     matrix = sparse.csr_array((np.ones(len(flat)), flat, lengths), shape=shape)
-    return _Moves(matrix, np.array(unit, dtype=int), matrix @ program.noise, matrix @ program.sizes)
+    return _Moves(matrix, np.array(unit, dtype=int), matrix @ program.cost, matrix @ program.sizes)
 
 
 def _together(program: Program, views: Sequence[Sequence[int]]) -> list[list[int]]:

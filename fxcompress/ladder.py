@@ -17,6 +17,7 @@ from __future__ import annotations
 from fxcompress.choose import bytes_of, codable_choice, exact_choice, is_codable
 from fxcompress.codecs import codec
 from fxcompress.codecs.levels import levels
+from fxcompress.costs import Clock
 from fxcompress.evidence import Price, TensorEvidence
 from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.rewrite import KEEP, Choice
@@ -45,9 +46,16 @@ def cost(price: Price) -> float:
 
 
 def ladder(
-    candidate: Candidate, group: int, evidence: TensorEvidence | None = None
+    candidate: Candidate,
+    group: int,
+    evidence: TensorEvidence | None = None,
+    clock: Clock | None = None,
 ) -> list[Option]:
-    """Representations of a candidate that no other beats in both bytes and noise."""
+    """Representations of a candidate that no other beats in both bytes and cost.
+
+    Args:
+        clock: what the step and the codecs take; without it time costs nothing.
+    """
     exact = exact_choice(candidate)
     lossless = [Option(exact, 0.0)]
     if exact.representation != KEEP:
@@ -65,19 +73,22 @@ def ladder(
         choice = codable_choice(candidate, spec)
         # A width below what the readers bear comes back as another spec: not this price.
         if choice.representation == spec:
-            lossy[spec] = Option(choice, noise)
+            lossy[spec] = Option(choice, noise, clock.slowdown(choice) if clock else 0.0)
     if candidate.floor_bits > 1 and not lossy:
         wider = codable_choice(candidate, f"affine(bits={candidate.floor_bits},group={group})")
         if wider.representation != KEEP:
-            lossy[wider.representation] = Option(wider, _guess(group)[wider.representation])
+            guessed = _guess(group)[wider.representation]
+            lossy[wider.representation] = Option(
+                wider, guessed, clock.slowdown(wider) if clock else 0.0
+            )
     return [*lossless, *_undominated(list(lossy.values()))]
 
 
 def _undominated(options: list[Option]) -> list[Option]:
-    """From the least noisy on, each with fewer bytes than all before it."""
+    """From the least cost on, each with fewer bytes than all before it."""
     kept: list[Option] = []
     smallest = float("inf")
-    for option in sorted(options, key=lambda o: (o.noise, bytes_of(o.choice, {}))):
+    for option in sorted(options, key=lambda o: (o.cost, bytes_of(o.choice, {}))):
         size = bytes_of(option.choice, {})
         if size < smallest:
             kept.append(option)

@@ -32,7 +32,7 @@ GAP = 0.005  # relative optimality gap at which the solver may stop
 SECONDS = 5.0  # for one program; the best plan found by then is taken
 ROWS = 24  # added in one round
 TOLERANCE = 1e-6  # of HiGHS, on rows scaled to 1
-TIE = 1e-4  # of the noise may be added to save all bytes
+TIE = 1e-4  # of the cost may be added to save all bytes
 
 
 @dataclass(frozen=True)
@@ -103,17 +103,17 @@ def least_noise(
     saved: float | None = None,
     seconds: float = SECONDS,
 ) -> Solution | None:
-    """Choices with the least noise within ``peak`` bytes at every position and ``saved`` bytes in
-    all; None if there are none. Among equally noisy plans, the smaller one."""
+    """Choices that cost least, in noise and time, within ``peak`` bytes at every position and
+    ``saved`` bytes in all; None if there are none. Without noise if possible, then the smaller."""
     limit = None if saved is None else (program.sizes, saved)
     noisy = program.noise > 0
     task = _Task(program, program.sizes, limit, peak, noisy, time.monotonic() + seconds)
     found = _minimise(task, None)
     if found.taken is None and noisy.any():
         start = greedy.within(program, peak=peak, saved=saved)
-        worst = float(program.noise @ start if start is not None else program.noise.max()) or 1.0
-        cost = program.noise + TIE * worst / max(program.sizes.sum(), 1.0) * program.sizes
-        task = replace(task, cost=cost / worst, excluded=program.noise > worst)
+        worst = float(program.cost @ start if start is not None else program.cost.max()) or 1.0
+        cost = program.cost + TIE * worst / max(program.sizes.sum(), 1.0) * program.sizes
+        task = replace(task, cost=cost / worst, excluded=program.cost > worst)
         found = _minimise(task, start)
     return None if found.taken is None else _solution(program, found)
 

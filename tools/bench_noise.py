@@ -18,6 +18,7 @@ from torch import Tensor
 from fxcompress import rng
 from fxcompress.calibrate import evidence_of
 from fxcompress.choose import bytes_of, is_codable, mask_bytes
+from fxcompress.costs import clock_of
 from fxcompress.errors import SettingsError
 from fxcompress.evidence import Calibration, signature
 from fxcompress.ladder import ladder
@@ -170,7 +171,8 @@ def _choose(
 def _solved(recording: Recording, calibration: Calibration, limit: float) -> tuple[Choice, ...]:
     """What policy auto would choose for this many saved bytes."""
     evidence = calibration.of(signature(recording.cut)) or {}
-    ladders = [ladder(c, 256, evidence.get(c.name)) for c in recording.candidates]
+    clock = clock_of(recording.cut, recording.candidates)
+    ladders = [ladder(c, 256, evidence.get(c.name), clock) for c in recording.candidates]
     memory = timeline(recording.cut, recording.candidates, channels_last=recording.channels_last)
     program = build(ladders, memory)
     return (least_noise(program, saved=limit) or least_saved(program)).choices
