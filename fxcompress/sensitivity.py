@@ -29,6 +29,10 @@ from fxcompress.record import Recording, backward_inputs, run_forward
 
 log = logging.getLogger("fxcompress")
 
+WEIGHTINGS = ("plain", "relative", "adam")
+WEIGHTING = "plain"
+FAINT = 1e-4  # of the mean square of all elements
+
 _NO_DERIVATIVE = re.compile(r"derivative for ([\w:.]+) is not implemented")
 
 
@@ -70,8 +74,9 @@ def sensitivity(
         probes: random sign vectors to average over.
         seed: of the signs.
         weighting: ``plain``: every parameter's error counts alike; ``relative``: in units of its
-            own gradient's norm, so that small parameters count as much as large ones; ``norm``:
-            only what changes the norm of each parameter's gradient.
+            own gradient's norm, so that small parameters count as much as large ones; ``adam``: the
+            same for each element, as in an update that divides by the gradient's root mean square;
+            ``norm``: only what changes the norm of each parameter's gradient.
     """
     cut = recording.cut
     candidates = [c for c in recording.candidates if codable(c)]
@@ -84,7 +89,7 @@ def sensitivity(
     norms = [float(g.float().square().sum()) for g in gradient]
     total = sum(norms)
     norms_of = list(zip(gradient, norms, strict=True))
-    scales = [_scale(norm, total / max(len(norms), 1), weighting) for norm in norms]
+    scales = _scales(norms, [g.numel() for g in gradient], weighting)
     generator = torch.Generator().manual_seed(seed)
     found: list[dict[str, Tensor]] = []
     for _ in range(probes):
@@ -202,8 +207,18 @@ def _sign(generator: torch.Generator) -> int:
     return int(torch.randint(0, 2, (), generator=generator)) * 2 - 1
 
 
-def _scale(norm: float, mean: float, weighting: str) -> float:
-    """What a parameter's error is multiplied by; a parameter without gradient does not count."""
+def _scales(norms: Sequence[float], sizes: Sequence[int], weighting: str) -> list[float]:
+    """What each parameter's error is multiplied by.
+
+    A gradient of next to nothing (the bias of an attention's keys) counts as `FAINT` of the average
+    element: relative errors have no bound there, and mean nothing.
+    """
     if weighting == "plain":
-        return 1.0
-    return (mean / norm) ** 0.5 if norm > 0 else 0.0
+        return [1.0] * len(norms)
+    total, elements = sum(norms), sum(sizes)
+    shares = [s / elements if weighting == "adam" else 1 / len(norms) for s in sizes]
+    floors = [FAINT * total * s / elements for s in sizes]
+    return [
+        (total * share / max(norm, floor)) ** 0.5 if norm > 0 else 0.0
+        for norm, share, floor in zip(norms, shares, floors, strict=True)
+    ]

@@ -21,6 +21,7 @@ from fxcompress.calibrate import evidence_of
 from fxcompress.errors import FxCompressError, SettingsError
 from fxcompress.evidence import Calibration
 from fxcompress.policies import policy
+from fxcompress.sensitivity import WEIGHTING, WEIGHTINGS
 from fxcompress.tools import models, output
 from fxcompress.tools.bench_noise import MIN_BYTES, split_policies
 from fxcompress.tools.bench_step import describe, machine
@@ -76,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, default=600, help="AdamW steps, the exact ones counted"
     )
     parser.add_argument("--warm-steps", type=int, default=50, help="exact steps, then calibrate")
+    parser.add_argument(
+        "--weighting", choices=WEIGHTINGS, default=WEIGHTING, help="of parameters, to calibrate"
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
@@ -99,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     about = {
         k: str(v) if isinstance(v, Path) else v
         for k, v in vars(args).items()
-        if k in {"model", "batch", "size", "data", "steps", "warm_steps", "lr"}
+        if k in {"model", "batch", "size", "data", "steps", "warm_steps", "lr", "weighting"}
     }
     done = _resumed(args.output, about)
     with Progress(console=Console(stderr=True)) as progress:
@@ -181,7 +185,7 @@ def _warm_start(args: argparse.Namespace, seed: int) -> Start:
     first, second = recorded(source, MIN_BYTES), recorded(source, MIN_BYTES)
     plain = sum(r.plain_saved_bytes for r in first)
     state = copy.deepcopy((task.model.state_dict(), optimizer.state_dict()))
-    return Start(*state, evidence_of(first, second), plain)
+    return Start(*state, evidence_of(first, second, weighting=args.weighting), plain)
 
 
 def _train(args: argparse.Namespace, name: str, seed: int, start: Start, progress: Progress) -> Run:
