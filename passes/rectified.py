@@ -8,6 +8,8 @@ of them: for a rectified normal half the variance, on half of the elements.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, fx
 
@@ -47,7 +49,9 @@ def insert_filled(forward: fx.GraphModule, node: fx.Node, mask: fx.Node) -> fx.N
         positive = call(graph, aten.logical_not.default, mask)
         count = call(graph, aten.clamp_min.default, call(graph, aten.sum.default, positive), 1)
         mean = call(graph, aten.div.Tensor, call(graph, aten.sum.default, node), count)
-        mean = call(graph, aten.nan_to_num.default, mean, 0.0, 0.0, 0.0)
+        # Not nan_to_num: Inductor decomposes it before the cut and cannot lower it after.
+        finite = call(graph, aten.lt.Scalar, call(graph, aten.abs.default, mean), math.inf)
+        mean = call(graph, aten.where.self, finite, mean, _zero(graph, prop.value(node)))
         coded = call(graph, aten.where.self, mask, mean, node)
     graph.erase_node(end)
     return coded
@@ -61,12 +65,17 @@ def insert_masked(backward: fx.GraphModule, candidate: Candidate) -> fx.Node:
     readers = [u for u in node.users if u.op != "output" and u not in candidate.exact]
     for cluster in clusters(graph, readers):
         with graph.inserting_before(cluster[0]):
-            zero = graph.call_function(
-                aten.full.default, ([], 0.0), {"dtype": value.dtype, "device": value.device}
-            )
-            with torch_private.fake_mode_of(value):
-                zero.meta["val"] = value.new_zeros([])
-            masked = call(graph, aten.where.self, mask, zero, node)
+            masked = call(graph, aten.where.self, mask, _zero(graph, value), node)
         for reader in cluster:
             reader.replace_input_with(node, masked)
     return mask
+
+
+def _zero(graph: fx.Graph, like: Tensor) -> fx.Node:
+    """A scalar of ``like``'s dtype on its device."""
+    zero = graph.call_function(
+        aten.full.default, ([], 0.0), {"dtype": like.dtype, "device": like.device}
+    )
+    with torch_private.fake_mode_of(like):
+        zero.meta["val"] = like.new_zeros([])
+    return zero
