@@ -491,7 +491,7 @@ def cache_dir() -> Path:
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
-    """Add a text to PyTorch's structured trace, which tlparse shows; not made where none is written.
+    """Add a text to PyTorch's structured trace, which tlparse shows, where one is written.
 
     `torch._logging._internal.trace_structured` (2.3 to 2.15).
     """
