@@ -158,7 +158,10 @@ def trace(model: nn.Module, batch: Any, resize: tuple[int, int] = (1, 1)) -> lis
 
     def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return torch_private.compile_interpreted(
-            module, inputs, collector, lambda graph, _: fx.Interpreter(graph).boxed_run
+            module,
+            inputs,
+            collector,
+            lambda graph, _: lambda args: fx.Interpreter(graph).run(*args),
         )
 
     torch._dynamo.reset()
