@@ -9,7 +9,7 @@ import torch
 from test_graphs import Recorder, calls, decodes, record
 from torch import Tensor, nn
 
-from fxcompress import rng
+from fxcompress import backend, rng
 from fxcompress.choose import codable_choice
 from fxcompress.passes.analyse import analyse
 from fxcompress.passes.rectified import filled, mask_of
@@ -93,3 +93,14 @@ def test_unbiased_and_as_noisy_as_priced(recording: Recording, spec: str) -> Non
 
 def flat(found: list[Tensor]) -> Tensor:
     return torch.cat([g.flatten() for g in found]).double()
+
+
+def test_compiles_under_inductor() -> None:
+    model = network()
+    compiled = torch.compile(model, backend=backend(policy="dither8", min_bytes=1024))
+    x = torch.randn(128, 16)
+    exact = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    found = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+    assert torch.equal(compiled(x), model(x))
+    error = flat([a - b for a, b in zip(found, exact, strict=True)])
+    assert 0 < error.norm() < 0.01 * flat(list(exact)).norm()
