@@ -118,7 +118,8 @@ def _measure(
             prices = {spec: _mean([table[spec] for table in tables]) for spec in tables[0]}
             norm = price(norms.tensors[i], NORM_SPEC, 1.0).variance
         ranges = _sample_ranges(tensor)
-        found[name] = TensorEvidence(prices, transforms, norm, ranges, gradients.get(name, 0.0))
+        square, count = gradients.get(name, 0.0), tensor.values.numel()
+        found[name] = TensorEvidence(prices, transforms, norm, ranges, square, count)
     return found
 
 

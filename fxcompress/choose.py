@@ -68,6 +68,11 @@ def payload_bytes(candidate: Candidate, spec: str) -> int:
     return codec(spec).payload_bytes(candidate.stored_shape, candidate.fake.dtype)
 
 
+def workspace_bytes(candidate: Candidate, spec: str) -> int:
+    """Bytes that encode or decode under ``spec`` needs while it runs."""
+    return codec(spec).workspace_bytes(candidate.stored_shape, candidate.fake.dtype)
+
+
 def mask_bytes(choices: Sequence[Choice]) -> dict[str, int]:
     """Bytes of hoisted nodes, by name of the candidate that pays for them."""
     paid: dict[str, int] = {}

@@ -16,7 +16,7 @@ from fxcompress.codecs import states
 from fxcompress.errors import FxCompressError
 from fxcompress.passes.capture import Cut
 
-FORMAT = 1
+FORMAT = 2
 LARGEST_FILE = 1 << 30  # bytes; a calibration of a thousand tensors takes some tens of MB
 _STATE = re.compile(r"(?:basis|rates)=(\w+)")
 
@@ -40,6 +40,7 @@ class TensorEvidence:
         sample_ranges: for each sample, Σ (max − min)² over its groups of 256.
         grad_square: mean over samples of the squared norm of the gradient that multiplies it in
             its convolution or matrix product; 0 where there is none.
+        elements: of the tensor, in the batch that was measured.
     """
 
     prices: Mapping[str, Price] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class TensorEvidence:
     norm_price: float = 0.0
     sample_ranges: tuple[float, ...] = ()
     grad_square: float = 0.0
+    elements: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,4 +159,5 @@ def _tensor(row: dict[str, Any]) -> TensorEvidence:
         float(row["norm_price"]),
         tuple(float(r) for r in row["sample_ranges"]),
         float(row["grad_square"]),
+        int(row["elements"]),
     )

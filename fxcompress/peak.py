@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from fxcompress import torch_private
-from fxcompress.choose import hoisted_bytes, payload_bytes
+from fxcompress.choose import hoisted_bytes, payload_bytes, workspace_bytes
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.capture import Cut, output_args, placeholders
@@ -54,6 +54,7 @@ class Timeline:
         dropped: by candidate, bytes of the original if the backward does without it.
         decoded: by candidate, bytes of decoded copies if it is coded.
         held: by candidate, 1 while its payload is alive.
+        coding: by candidate, 1 where it is encoded or decoded.
         masks: by hoisted node, bytes of its payload and unpacked copies.
         mask_payload: by hoisted node, bytes of its payload.
         names: node at each position.
@@ -66,6 +67,7 @@ class Timeline:
     dropped: dict[str, Bytes]
     decoded: dict[str, Bytes]
     held: dict[str, Bytes]
+    coding: dict[str, Bytes]
     masks: dict[fx.Node, Bytes]
     mask_payload: dict[fx.Node, int]
     names: tuple[str, ...]
@@ -78,8 +80,11 @@ class Timeline:
             return self.kept[name]
         if spec is None:
             return self.dropped[name]
-        payload = self.held[name] * payload_bytes(choice.candidate, spec)
-        return self.dropped[name] + self.decoded[name] + payload
+        found = self.dropped[name] + self.decoded[name]
+        found += self.held[name] * payload_bytes(choice.candidate, spec)
+        if workspace := workspace_bytes(choice.candidate, spec):
+            found += self.coding[name] * workspace
+        return found
 
     def total(self, choices: Sequence[Choice]) -> Bytes:
         """Bytes alive at each position under ``choices``."""
@@ -152,7 +157,7 @@ def timeline(cut: Cut, candidates: Sequence[Candidate], *, channels_last: bool) 
             else:
                 base += copy
 
-    kept, dropped, decoded, held = {}, {}, {}, {}
+    kept, dropped, decoded, held, coding = {}, {}, {}, {}, {}
     masks: dict[fx.Node, Bytes] = {}
     for candidate in candidates:
         name, saved = candidate.name, candidate.saved
@@ -171,6 +176,9 @@ def timeline(cut: Cut, candidates: Sequence[Candidate], *, channels_last: bool) 
         for node in candidate.attention:  # its forward runs again, into a buffer of q's size
             decoded[name] += step.span(step.at[node], step.at[node], candidate.own_bytes)
         held[name] = step.span(used, _last_decode(step, cut, readers, used), 1)
+        coding[name] = step.span(used, used, 1)
+        for cluster in clusters(cut.backward.graph, readers):
+            coding[name][step.at[cluster[0]]] = 1
         for node in candidate.exact:
             if node not in masks:
                 exact_readers = list(node.users)
@@ -186,6 +194,7 @@ def timeline(cut: Cut, candidates: Sequence[Candidate], *, channels_last: bool) 
         dropped,
         decoded,
         held,
+        coding,
         masks,
         payloads,
         tuple(names),

@@ -17,7 +17,7 @@ from fxcompress.costs import Clock, clock_of
 from fxcompress.decision import MARGIN, Baseline, Decision, budget_of
 from fxcompress.errors import BudgetError, SettingsError
 from fxcompress.evidence import TensorEvidence
-from fxcompress.ladder import ladder
+from fxcompress.ladder import hedges, ladder
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.capture import Cut
@@ -97,9 +97,11 @@ def weighed(
 ) -> tuple[list[Sequence[Option]], frozenset[str]]:
     """(what each tensor may be, names of those that an override fixes)."""
     found: list[Sequence[Option]] = []
+    weights = hedges(evidence or {})
     for candidate in candidates:
         known = (evidence or {}).get(candidate.name)
-        options = ladder(candidate, settings.group, known, clock)
+        weight = weights.get(candidate.name, 1.0)
+        options = ladder(candidate, settings.group, known, clock, weight)
         if settings.max_grad_error is not None:  # a bound on noise holds for measured noise only
             prices = known.prices if known is not None else {}
             options = [o for o in options if o.noise == 0 or o.choice.representation in prices]

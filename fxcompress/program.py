@@ -39,16 +39,18 @@ class Option:
     Attributes:
         noise: what it adds to the gradients (see fxcompress/ladder.py).
         slowdown: what it adds to the time of a step, over that of the plain step.
+        weight: what its noise counts (see ladder.hedges).
     """
 
     choice: Choice
     noise: float
     slowdown: float = 0.0
+    weight: float = 1.0
 
     @property
     def cost(self) -> float:
         """Noise and time as one number."""
-        return self.noise + SLOWDOWN_PRICE * self.slowdown
+        return self.weight * self.noise + SLOWDOWN_PRICE * self.slowdown
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from fxcompress.choose import bytes_of, is_codable, mask_bytes
 from fxcompress.costs import clock_of
 from fxcompress.errors import SettingsError
 from fxcompress.evidence import Calibration, signature
-from fxcompress.ladder import ladder
+from fxcompress.ladder import hedges, ladder
 from fxcompress.passes.analyse import analyse
 from fxcompress.passes.rewrite import Choice, rewrite
 from fxcompress.peak import timeline
@@ -172,7 +172,11 @@ def _solved(recording: Recording, calibration: Calibration, limit: float) -> tup
     """What policy auto would choose for this many saved bytes."""
     evidence = calibration.of(signature(recording.cut)) or {}
     clock = clock_of(recording.cut, recording.candidates)
-    ladders = [ladder(c, 256, evidence.get(c.name), clock) for c in recording.candidates]
+    weights = hedges(evidence)
+    ladders = [
+        ladder(c, 256, evidence.get(c.name), clock, weights.get(c.name, 1.0))
+        for c in recording.candidates
+    ]
     memory = timeline(recording.cut, recording.candidates, channels_last=recording.channels_last)
     program = build(ladders, memory)
     return (least_noise(program, saved=limit) or least_saved(program)).choices

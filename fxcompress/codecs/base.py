@@ -78,6 +78,14 @@ class Codec(ABC):
         Sizes may be SymInts: only + - * // are used on them, no guards.
         """
 
+    def workspace_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Bytes that `encode`, and `decode`, need besides the tensor and its payload while it runs.
+
+        Next to nothing for kernels. What a codec made of ATen operations allocates counts where it
+        says so; the planner weighs it.
+        """
+        return 0
+
     @abstractmethod
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
         """Fill `payload`, uint8 zeros, from a contiguous `x` in plain ATen ops: the definition."""

@@ -3,23 +3,27 @@
 Saved tensors are strongly correlated: over space, and over channels. For a tensor with positions p
 and channels c (storage order, the channel axis given):
 
-    y    = x - mean[c]                                       calibrated means
+    y    = x - mean[c]                                       its own means, or calibrated ones
     y    = blockwise Walsh-Hadamard of y over space          the state's sides, orthonormal
     z    = analysis @ y, in blocks of (64) channels          calibrated, one small matrix product
-    band = (spatial frequency, channel coefficient); each band has a rate from the state
+    band = (spatial frequency, channel coefficient)
+
+How many bands have which rate is calibrated, by reverse water-filling (fxcompress/fit.py) of their
+energies, weighted by how strongly the gradient reads them. *Which* bands is decided at each encode:
+the highest rates go to those with the most weighted energy now. With the bands fixed as well, a GPT
+calibrated at step 50 had 200 times the noise 500 steps later; a band that had woken up at a
+sixteenth of a bit was to blame. Bases may grow old in the same way, slower.
 
 A band at rate 1..5 is coded by `rotate` (no mean), above by `dither`, below 1 by `subsample`; bands
-of one rate are coded together, those of similar energy side by side, positions running fastest. A
-band at rate 0 is dropped and decodes to the mean: the one biased choice. Then everything is undone:
-`x' = synthesis @ z' ...`, synthesis the inverse of analysis.
+of one rate are coded together, positions running fastest. A band at rate 0 is dropped and decodes
+to the mean: the one biased choice. Then everything is undone: `x' = synthesis @ z' ...`, synthesis
+the inverse of analysis. DIVISION and averaging are special cases: the spatial mean kept at many
+bits and the rest at few, or dropped. Classic theory: Goyal, "Theoretical foundations of transform
+coding", IEEE Signal Processing Magazine 18(5), 2001.
 
-Rates come from reverse water-filling (fxcompress/fit.py) of band energies weighted by how strongly
-the gradient reads each band. DIVISION and averaging are special cases: the spatial mean kept at
-many bits and the rest at few, or dropped. Classic theory: Goyal, "Theoretical foundations of
-transform coding", IEEE Signal Processing Magazine 18(5), 2001.
-
-payload = the payloads of the rates, from the highest to the lowest, each padded to 4 bytes
-bytes   = sum of theirs: bands(rate) * positions elements each
+payload = rate of each band, 4 bits | bf16 means of channels, where they are its own
+          | the payloads of the rates, from the highest to the lowest; each padded to 4 bytes
+bytes   = sum of these; a rate's: bands(rate) * positions elements
 error   = variance synthesis^2 of the bands' variances; bias of dropped bands
 
 The matrix products are rounded as each device rounds them: payloads of different devices may differ
@@ -35,7 +39,6 @@ from functools import cache
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -45,8 +48,6 @@ from fxcompress.codecs.dither import Dither
 from fxcompress.codecs.rotate import Rotate
 from fxcompress.codecs.subsample import Subsample
 from fxcompress.persistent import persistent
-
-Bands = npt.NDArray[np.int64]
 
 # Bits a coefficient, in the order of their numbers in a state's `rates`.
 RATES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
@@ -79,41 +80,55 @@ class Transform(Codec):
         return bool(states.arrays(self.rates)["rates"].all())
 
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        positions = math.prod(shape) // self._bands()
-        total = 0
-        for _, codec, bands in self._classes():
-            size = codec.payload_bytes([len(bands) * positions], torch.float32)
-            total = total + (size + 3) // 4 * 4
+        bands = self._bands()
+        positions = math.prod(shape) // bands
+        total = _aligned((bands + 1) // 2) + _aligned(2 * self._running_means())
+        for _, codec, count in self._classes():
+            total = total + _aligned(codec.payload_bytes([count * positions], torch.float32))
         return total
 
+    def workspace_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Of `encode` and of `decode`: coefficients, and rows on their way to or from them."""
+        return 8 * math.prod(shape)
+
     def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
-        z, at = self.forward(x), 0
-        for number, codec, _ in self._classes():
-            index = _index(self.basis, self.rates, number, x.device)
-            part = codec.encode(z.index_select(0, index), key, _stream(stream, number))
-            end = (at + part.numel() + 3) // 4 * 4
+        payload.zero_()
+        mean, at = self._mean(x), _aligned((self._bands() + 1) // 2)
+        if self._running_means():
+            payload[at : at + 2 * len(mean)].view(torch.bfloat16).copy_(mean)
+            at += _aligned(2 * len(mean))
+        z = self.forward(x, mean)
+        numbers = self._numbers(z)
+        payload[: (len(z) + 1) // 2] = _nibbles(numbers)
+        order = numbers.argsort(descending=True, stable=True)
+        for number, codec, count in self._classes():
+            bands, order = order[:count], order[count:]
+            part = codec.encode(z.index_select(0, bands), key, _stream(stream, number))
             payload[at : at + part.numel()] = part
-            payload[at + part.numel() : end] = 0
-            at = end
+            at += _aligned(part.numel())
         return True
 
     def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
-        positions = x.numel() // self._bands()
-        z = payload.new_empty((self._bands(), positions), dtype=torch.float32)
-        at, found = 0, 0
-        for number, codec, bands in self._classes():
-            shape = [len(bands), positions]
+        bands, state = self._bands(), states.get(self.basis, x.device)
+        positions, at = x.numel() // bands, _aligned((bands + 1) // 2)
+        mean = state["mean"]
+        if self._running_means():
+            mean = payload[at : at + 2 * len(mean)].view(torch.bfloat16).float()
+            at += _aligned(2 * len(mean))
+        z = payload.new_empty((bands, positions), dtype=torch.float32)
+        order = _numbers_of(payload, bands).argsort(descending=True, stable=True)
+        for number, codec, count in self._classes():
+            here, order = order[:count], order[count:]
+            shape = [count, positions]
             size = codec.payload_bytes(shape, torch.float32)
             part = payload[at : at + size]
             decoded = codec.decode(part, shape, torch.float32, key, _stream(stream, number))
-            z.index_copy_(0, _index(self.basis, self.rates, number, x.device), decoded)
-            at += (size + 3) // 4 * 4
-            found += len(bands)
-        if found < len(z):
-            z.index_fill_(0, _index(self.basis, self.rates, 0, x.device), 0.0)
+            z.index_copy_(0, here, decoded)
+            at += _aligned(size)
+        z.index_fill_(0, order, 0.0)  # what is dropped
         axis, limit = channel_axis(self.channels, x.dim()), torch.finfo(x.dtype).max
-        y = self._synthesise(z, states.get(self.basis, z.device)["synthesis"], x.shape)
-        y.add_(states.get(self.basis, z.device)["mean"]).clamp_(-limit, limit)
+        y = self._synthesise(z, state["synthesis"], x.shape)
+        y.add_(mean).clamp_(-limit, limit)
         folded(x.movedim(axis, -1), self._sides()).copy_(y)
         return True
 
@@ -124,10 +139,10 @@ class Transform(Codec):
         raise AssertionError("made of other codecs, which have references of their own")
 
     def error(self, x: Tensor) -> ErrorModel:
-        z = self.forward(x.float())
+        z = self.forward(x)
         variance, bias = torch.zeros_like(z), -z
-        for _, codec, bands in self._classes():
-            found = codec.error(_select(z, bands))
+        for codec, bands in self._coded(z):
+            found = codec.error(z.index_select(0, bands))
             variance[bands], bias[bands] = found.variance, found.bias
         return ErrorModel(
             self._backward(variance, x.shape, squared=True),
@@ -136,35 +151,55 @@ class Transform(Codec):
 
     def effect(self, x: Tensor, weights: Tensor) -> tuple[float, float]:
         """Noise of different bands is independent, that of channels and pixels is not."""
-        return self.effect_on_bands(self.forward(x.float()), self.adjoint(weights.float()))
+        return self.effect_on_bands(self.forward(x), self.adjoint(weights.float()))
 
     def effect_on_bands(self, z: Tensor, w: Tensor) -> tuple[float, float]:
         """`effect` of coefficients and the gradient's derivative by them, [bands, positions]."""
-        variance, dropped = 0.0, torch.ones(len(z), dtype=torch.bool)
-        for _, codec, bands in self._classes():
-            variance += codec.effect(_select(z, bands), _select(w, bands))[0]
+        variance, dropped = 0.0, torch.ones(len(z), dtype=torch.bool, device=z.device)
+        for codec, bands in self._coded(z):
+            variance += codec.effect(z.index_select(0, bands), w.index_select(0, bands))[0]
             dropped[bands] = False
         bias = float((w[dropped] * z[dropped]).sum(dtype=torch.float64))
         return variance, bias**2
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _coded(self, z: Tensor) -> Iterator[tuple[Codec, Tensor]]:
+        """(codec, bands) of each rate that these coefficients would be coded at."""
+        order = self._numbers(z).argsort(descending=True, stable=True)
+        for _, codec, count in self._classes():
+            yield codec, order[:count]
+            order = order[count:]
+
+    def _numbers(self, z: Tensor) -> Tensor:
+        """The rate of each band, uint8: the highest where energy times weight now is largest."""
+        state = states.get(self.basis, z.device)
+        need = torch.linalg.vector_norm(z, dim=1).square() * state["weight"]
+        ranked = states.get(self.rates, z.device)["rates"]
+        return torch.empty_like(ranked).index_copy_(0, need.argsort(descending=True), ranked)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """What is subtracted, fp32[channels]: of x itself where that is worth its bytes."""
+        if not self._running_means():
+            return states.get(self.basis, x.device)["mean"]
+        axis = channel_axis(self.channels, x.dim())
+        mean = x.float().mean([i for i in range(x.dim()) if i != axis])
+        return mean.to(torch.bfloat16).float()
+
+    def _running_means(self) -> int:
+        """How many means a payload holds: one a channel, or none."""
+        state = states.arrays(self.basis)
+        return len(state["mean"]) * int(state["running"][0])
+
+    def forward(self, x: Tensor, mean: Tensor | None = None) -> Tensor:
         """Coefficients fp32[bands, positions] of x."""
-        state = states.get(self.basis, x.device)
         y = x.movedim(channel_axis(self.channels, x.dim()), -1)
-        return analyse(y, self._sides(), state["analysis"], state["mean"])
+        mean = self._mean(x) if mean is None else mean
+        return analyse(y, self._sides(), states.get(self.basis, x.device)["analysis"], mean)
 
     def adjoint(self, weights: Tensor) -> Tensor:
         """What a covector of x is to the coefficients: (weights * x).sum() = (result * z).sum()."""
         state = states.get(self.basis, weights.device)
         y = weights.movedim(channel_axis(self.channels, weights.dim()), -1)
         return analyse(y, self._sides(), state["synthesis"].mT)
-
-    def backward(self, z: Tensor, shape: Sequence[int]) -> Tensor:
-        """fp32 tensor of `shape` from its coefficients."""
-        axis = channel_axis(self.channels, len(shape))
-        mean = states.get(self.basis, z.device)["mean"]
-        flat = self._backward(z, shape)
-        return flat + mean.view(*[-1 if i == axis else 1 for i in range(len(shape))])
 
     def _backward(self, z: Tensor, shape: Sequence[int], squared: bool = False) -> Tensor:
         """The linear part of the inverse; ``squared``: of the squares of its entries."""
@@ -178,7 +213,7 @@ class Transform(Codec):
     def _synthesise(
         self, z: Tensor, matrices: Tensor, shape: Sequence[int], squared: bool = False
     ) -> Tensor:
-        """The linear part of the inverse, as `folded` sees a tensor of `shape`."""
+        """The linear part of the inverse, as `folded` sees a tensor of `shape`; z is used up."""
         sides = self._sides()
         blocks, _, width = matrices.shape
         count = math.prod(sides)
@@ -189,7 +224,8 @@ class Transform(Codec):
         if squared:
             rows = rows.mean(0, keepdim=True).expand_as(rows)
         elif count > 1:
-            rows = _hadamard(count, z.device) @ rows.view(count, -1)
+            # Into the coefficients' memory: they are read, and three buffers would be one too many.
+            rows = torch.mm(_hadamard(count, z.device), rows.view(count, -1), out=z.view(count, -1))
         axis = channel_axis(self.channels, len(shape))
         like = torch.empty(list(shape), device="meta").movedim(axis, -1)
         return rows.reshape(folded(like, sides).shape)
@@ -201,12 +237,13 @@ class Transform(Codec):
     def _bands(self) -> int:
         return len(states.arrays(self.rates)["rates"])
 
-    def _classes(self) -> Iterator[tuple[int, Codec, Bands]]:
-        """(number, codec, bands) of each rate in use, from the highest."""
-        for number, bands in _by_rate(self.basis, self.rates):
+    def _classes(self) -> Iterator[tuple[int, Codec, int]]:
+        """(number, codec, how many bands) of each rate in use, from the highest."""
+        counts = np.bincount(states.arrays(self.rates)["rates"], minlength=len(RATES))
+        for number in range(len(RATES) - 1, -1, -1):
             codec = coder(RATES[number])
-            if codec is not None:
-                yield number, codec, bands
+            if codec is not None and counts[number]:
+                yield number, codec, int(counts[number])
 
 
 def analyse(
@@ -256,23 +293,19 @@ def _hadamard(count: int, device: torch.device) -> Tensor:
         return (matrix / math.sqrt(count)).to(device)
 
 
-@cache
-def _index(basis: str, rates: str, number: int, device: torch.device) -> Tensor:
-    """The bands of a rate, int64 on a device; kept there, so that no step waits for a copy."""
-    with persistent(device):
-        return torch.from_numpy(dict(_by_rate(basis, rates))[number]).to(device)
+def _nibbles(numbers: Tensor) -> Tensor:
+    """Two numbers below 16 a byte."""
+    pairs = torch.nn.functional.pad(numbers, (0, len(numbers) % 2)).view(-1, 2)
+    return pairs[:, 0] | pairs[:, 1] << 4
 
 
-@cache
-def _by_rate(basis: str, rates: str) -> tuple[tuple[int, Bands], ...]:
-    """Bands of each rate in use, from the highest rate; in each, from the most energy."""
-    numbers, order = states.arrays(rates)["rates"], states.arrays(basis)["order"].astype(np.int64)
-    found = ((n, order[numbers[order] == n]) for n in range(len(RATES) - 1, -1, -1))
-    return tuple((n, bands) for n, bands in found if len(bands))
+def _numbers_of(payload: Tensor, count: int) -> Tensor:
+    packed = payload[: (count + 1) // 2]
+    return torch.stack([packed & 15, packed >> 4], 1).view(-1)[:count]
 
 
-def _select(z: Tensor, bands: Bands) -> Tensor:
-    return z.index_select(0, torch.from_numpy(bands).to(z.device))
+def _aligned(size: int) -> int:
+    return (size + 3) // 4 * 4
 
 
 def _stream(stream: int, number: int) -> int:

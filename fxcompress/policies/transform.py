@@ -3,9 +3,9 @@
 A tensor that calibration found a basis for is coded in it (`codecs/transform.py`), the others by
 the codecs that need none. Inside a tensor the bits go to the bands where the gradient notices
 (`fit.at_rate`), and by the same rule to the tensors: each takes the rate with the least
-``noise + λ·bytes``, and λ is what meets the average. Without ``unbiased`` the same rates are spent
-on fewer bands and the rest is dropped: less error in one gradient, but a part of every gradient
-that never comes.
+``noise + λ·bytes``, where noise is hedged (`ladder.hedges`) and λ is what meets the average.
+Without ``unbiased`` the same rates are spent on fewer bands and the rest is dropped: less error in
+one gradient, but a part of every gradient that never comes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from fxcompress.choose import codable_choice, exact_choice, is_codable, payload_bytes
 from fxcompress.evidence import TensorEvidence
 from fxcompress.fit import LADDER, biased
-from fxcompress.ladder import DITHER_BITS, ROTATE_BITS, SAMPLE_RATES
+from fxcompress.ladder import DITHER_BITS, ROTATE_BITS, SAMPLE_RATES, hedges
 from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.rewrite import Choice
 from fxcompress.policies.base import Policy, Situation
@@ -58,6 +58,7 @@ def _allocate(
 ) -> dict[str, str]:
     """A codec spec for each candidate, by name."""
     names, sizes, noises = [], [], []
+    weights = hedges(situation.evidence)
     for candidate in candidates:
         evidence = situation.evidence.get(candidate.name) or TensorEvidence()
         specs = list(evidence.transforms.values()) or [s for s in _PLAIN if s in evidence.prices]
@@ -65,9 +66,8 @@ def _allocate(
             specs = [_nearest(average)]
         names.append(specs)
         sizes.append(np.array([float(payload_bytes(candidate, s)) for s in specs]))
-        noises.append(
-            np.array([evidence.prices[s].variance if s in evidence.prices else 0 for s in specs])
-        )
+        prices = [evidence.prices[s].variance if s in evidence.prices else 0.0 for s in specs]
+        noises.append(np.array(prices) * weights.get(candidate.name, 1.0))
     limit = average / 8 * sum(c.own_bytes / c.fake.element_size() for c in candidates)
 
     def picks(log_price: float) -> list[int]:
