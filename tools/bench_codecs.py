@@ -102,8 +102,8 @@ def run(args: argparse.Namespace) -> int:
 
         rate_distortion(rows, args.plot)
     if args.json:
-        found = {"codecs": [asdict(r) for r in rows], "masks": masks, "beyond": others}
-        print(json.dumps({**found, "seed": args.seed, "machine": machine()}))
+        tables = {"codecs": [asdict(r) for r in rows], "masks": masks, "beyond": others}
+        print(json.dumps({**tables, "seed": args.seed, "machine": machine()}))
     return 0
 
 
