@@ -396,18 +396,24 @@ def compile_with_aot_eager(
     as under Inductor, run op by op.
 
     As `aot_eager_decomp_partition` in torch/_dynamo/backends/debugging.py (2.0 to 2.15), with
-    `joint_graph_passes` (2.1 to 2.15).
+    `joint_graph_passes` (2.1 to 2.15), which want Inductor's `V.fake_mode`. Random numbers stay
+    PyTorch's own (`fallback_random`): Inductor's, run op by op, ignore their seed, and a mask that
+    the backward draws again would be another one.
     """
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.backends.debugging import boxed_nop
     from torch._inductor import lowering  # noqa: F401  (pooling decompositions need it loaded)
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._inductor.virtualized import V
 
     def partition(
         joint: torch.fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> Any:
-        return (partitioner or min_cut)(joint_graph_passes(joint), joint_inputs, **kwargs)
+        fake_mode = torch._guards.detect_fake_mode(list(joint_inputs))
+        with V.set_fake_mode(fake_mode), inductor_patched({"fallback_random": True}):
+            joint = joint_graph_passes(joint)
+        return (partitioner or min_cut)(joint, joint_inputs, **kwargs)
 
     return aot_autograd(
         fw_compiler=boxed_nop,
