@@ -31,7 +31,7 @@ from fxcompress.passes.rewrite import Choice
 
 log = logging.getLogger("fxcompress")
 
-FORMAT = 2
+FORMAT = 3
 # Each saved byte is written, read again in the backward, and has a gradient that is written and
 # read, and as much again is moved on the way: an estimate for what no matrix product counts.
 MOVES = 6

@@ -152,7 +152,17 @@ def problem(
     names = tuple(f"n{p}" for p in range(length))
     whole = np.array(base, dtype=float) if len(base) else np.zeros(length)
     step = Timeline(
-        whole, np.zeros(length), kept, dropped, decoded, held, masks, payloads, names, length // 2
+        base=whole,
+        plain_extra=np.zeros(length),
+        kept=kept,
+        dropped=dropped,
+        decoded=decoded,
+        held=held,
+        coding={},
+        masks=masks,
+        mask_payload=payloads,
+        names=names,
+        forward_nodes=length // 2,
     )
     return Problem(ladders, step)
 
