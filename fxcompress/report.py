@@ -119,6 +119,8 @@ def listening(listener: _Listener) -> Iterator[None]:
 
 
 def _on_step(key: str) -> None:
+    if not key:  # a graph run by hand: no plan is stored for it
+        return
     _executed[key] = None
     for listener in _listeners.get():
         listener(key)

@@ -100,7 +100,7 @@ def rewrite(cut: Cut, choices: Sequence[Choice], plan_key: str, *, channels_last
     Args:
         cut: graphs to change; :meth:`Cut.copy` first to keep the originals.
         choices: for candidates of this very cut; tensors without one stay as they are.
-        plan_key: carried by the compiled graph to name its plan.
+        plan_key: carried by the compiled graph to name its plan; empty where no plan is stored.
         channels_last: Inductor will lay feature maps out with channels fastest.
     """
     if channels_last:

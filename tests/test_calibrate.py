@@ -93,7 +93,7 @@ def test_prices_add_up_to_the_measured_noise(
         for c in choices
         if c.representation == spec
     )
-    rewritten = rewrite(cut, choices, "plan", channels_last=recording.channels_last)
+    rewritten = rewrite(cut, choices, "", channels_last=recording.channels_last)
     exact = flat(gradients(recording, recording.cut))
     rng.manual_seed(1)
     errors = torch.stack([flat(gradients(recording, rewritten)) - exact for _ in range(40)])

@@ -116,7 +116,7 @@ class Subject:
         cut = self.recording.cut.copy()
         own = {c.name: c for c in analyse(cut, MIN_BYTES, channels_last=last)}
         moved = [replace(c, candidate=own[c.candidate.name]) for c in choices]
-        return rewrite(cut, moved, "plan", channels_last=last)
+        return rewrite(cut, moved, "", channels_last=last)
 
     def gradient(self, choices: Iterable[Choice]) -> Tensor:
         """Of all parameters, flat, with these choices."""

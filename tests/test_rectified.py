@@ -77,7 +77,7 @@ def test_unbiased_and_as_noisy_as_priced(recording: Recording, spec: str) -> Non
     copied = {s.name: s for s in cut.saved}
     coded = [codable_choice(c, spec) for c in analyse(cut, 1024) if c.name in copied]
     assert all(mask_of(c.candidate) is not None for c in coded)
-    noisy = rewrite(cut, coded, "test", channels_last=False)
+    noisy = rewrite(cut, coded, "", channels_last=False)
     errors = []
     for seed in range(300):
         rng.manual_seed(seed)

@@ -240,7 +240,7 @@ def _rewritten(recording: Recording, choices: Sequence[Choice]) -> Any:
     cut = recording.cut.copy()
     own = {c.name: c for c in analyse(cut, MIN_BYTES, channels_last=recording.channels_last)}
     moved = [replace(c, candidate=own[c.candidate.name]) for c in choices]
-    return rewrite(cut, moved, "bench", channels_last=recording.channels_last)
+    return rewrite(cut, moved, "", channels_last=recording.channels_last)
 
 
 def _flat(recordings: Sequence[Recording], cuts: Sequence[Any]) -> Tensor:

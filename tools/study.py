@@ -200,7 +200,7 @@ def _rewritten(recording: Recording, chosen: Mapping[str, Choice]) -> Cut:
     cut = recording.cut.copy()
     own = analyse(cut, MIN_BYTES, channels_last=recording.channels_last)
     choices = [Choice(c, chosen[c.name].representation if c.name in chosen else KEEP) for c in own]
-    return rewrite(cut, choices, "study", channels_last=recording.channels_last)
+    return rewrite(cut, choices, "", channels_last=recording.channels_last)
 
 
 def _flat(recordings: Sequence[Recording], cuts: Sequence[Cut]) -> Tensor:
