@@ -22,7 +22,7 @@ import torch
 from torch import fx
 from torch.utils import flop_counter
 
-from fxcompress import torch_private
+from fxcompress import __version__, torch_private
 from fxcompress.codecs import codec, states
 from fxcompress.codecs.transform import RATES, Transform, coder
 from fxcompress.passes.analyse import Candidate, saved_bytes
@@ -97,7 +97,8 @@ def added_seconds(choice: Choice, found: Rates) -> float:
 @cache
 def rates(device: str) -> Rates:
     """The table of a device type, measured if this machine has none yet (about a second)."""
-    path = torch_private.cache_dir() / "fxcompress" / f"rates-{FORMAT}-{device}.json"
+    name = f"rates-{__version__}-{FORMAT}-{device}.json"
+    path = torch_private.cache_dir() / "fxcompress" / name
     try:
         return Rates(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -178,7 +179,7 @@ def _nanoseconds(spec: str, found: Rates) -> float:
     if isinstance(given, Transform):
         return found.basis + _of_bands(given, found.coders)
     kin = [v for k, v in found.coders.items() if k.startswith(given.name)]
-    return max(kin or found.coders.values())
+    return max(kin, default=found.coders["affine(bits=1)"])
 
 
 def _of_bands(given: Transform, coders: Mapping[str, float]) -> float:

@@ -46,6 +46,8 @@ class Decision:
         ladders: by tensor, what was weighed, from the least noise on.
         calibrated: noise was measured, not guessed.
         timeline: modelled memory of the step.
+        slowdown: estimated time that encoding and decoding add to a step, over that of the plain
+            step; None where nobody asked the clock.
         gap: how far from the best the choices may be (see Solution); None if nothing was solved.
     """
 
@@ -56,6 +58,7 @@ class Decision:
     calibrated: bool = False
     timeline: tuple[Moment, ...] = ()
     gap: float | None = None
+    slowdown: float | None = None
 
 
 def baseline(

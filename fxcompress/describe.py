@@ -44,6 +44,7 @@ def describe(decision: Decision, plain: Baseline, settings: Settings) -> Plan:
         calibrated=decision.calibrated,
         timeline=decision.timeline,
         gap=decision.gap,
+        slowdown=decision.slowdown,
     )
 
 

@@ -119,6 +119,8 @@ class Plan:
         timeline: the modelled memory of the step, thinned out to some hundred moments.
         measured_saved_bytes, measured_peak_bytes: what a compiled step took, where one was run to
             see (`fxcompress plan --measure`).
+        slowdown: estimated time that encoding and decoding add to a step, over that of the plain
+            step (see fxcompress/costs.py); of several graphs, the largest. None if nobody asked.
         gap: how far, relatively, the plan may be from the best one; None where no solver chose, or
             it had no time to find a plan.
     """
@@ -135,6 +137,7 @@ class Plan:
     measured_saved_bytes: int | None = None
     measured_peak_bytes: int | None = None
     gap: float | None = None
+    slowdown: float | None = None
 
     @property
     def predicted_variance(self) -> float:
@@ -251,6 +254,7 @@ def merge(plans: Iterable[Plan]) -> Plan:
         calibrated=all(p.calibrated for p in plans),
         timeline=worst.timeline,
         gap=max((p.gap for p in plans if p.gap is not None), default=None),
+        slowdown=max((p.slowdown for p in plans if p.slowdown is not None), default=None),
     )
 
 

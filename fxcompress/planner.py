@@ -85,6 +85,7 @@ def make_plan(
         calibrated=evidence is not None,
         timeline=_moments(memory, candidates, choices, reserved),
         gap=None if solved is None else solved.gap,
+        slowdown=sum(clock.slowdown(c) for c in choices) if clock else None,
     )
 
 

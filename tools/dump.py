@@ -182,6 +182,7 @@ def _totals(plan: Plan) -> dict[str, Any]:
         "predicted_variance": float(plan.predicted_variance),
         "calibrated": plan.calibrated,
         "gap": plan.gap,
+        "slowdown": plan.slowdown,
     }
 
 

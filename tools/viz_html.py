@@ -75,6 +75,7 @@ def payload(
             "variance": plan.predicted_variance,
             "calibrated": plan.calibrated,
             "gap": plan.gap,
+            "slowdown": plan.slowdown,
             "graphs": plan.graphs,
             "note": plan.note,
         },

@@ -19,6 +19,7 @@ function drawHeader() {
     ["peak, measured", plan.measured_peak === null ? "not run" : mb(plan.measured_peak)],
     [`gradient variance, ${plan.calibrated ? "measured" : "guessed"}`, varianceText()],
   ];
+  if (plan.slowdown !== null) cards.push(["step takes longer by", `about ${percent(plan.slowdown)}`]);
   if (plan.gap !== null) cards.push(["best plan is better by", `at most ${percent(plan.gap)}`]);
   if (plan.graphs > 1) cards.push(["graphs", plan.graphs]);
   byId("cards").replaceChildren(
