@@ -531,7 +531,7 @@ def test_generous_budget_changes_nothing(peaks: tuple[int, float]) -> None:
 def test_tight_budget_is_met_with_little_noise(peaks: tuple[int, float]) -> None:
     model, x = Deep(), deep_batch()
     exact = plain(model, x)
-    errors = []
+    errors, peaks_planned = [], []
     for share in (0.9, 0.7, 0.5):
         torch._dynamo.reset()
         budget = share * peaks[0] / 1e6
@@ -542,9 +542,11 @@ def test_tight_budget_is_met_with_little_noise(peaks: tuple[int, float]) -> None
         assert plan.planned_peak_bytes <= budget * 1e6
         assert plan.plain_peak_bytes == peaks[0]
         errors.append(error(gradients(model), exact))
+        peaks_planned.append(plan.planned_peak_bytes)
     assert errors[0] == 0.0  # exact recomputation is enough, so no noise is added
-    assert errors == sorted(errors)
-    assert 0 < errors[-1] < 0.1
+    # Not sorted: a plan weighs noise against time, and a tighter one may have to spend more time.
+    assert all(0 < e < 0.1 for e in errors[1:])
+    assert peaks_planned == sorted(peaks_planned, reverse=True)
 
 
 def test_smallest_feasible_budget_is_feasible(peaks: tuple[int, float]) -> None:
