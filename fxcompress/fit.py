@@ -228,7 +228,7 @@ def at_rate(fitted: Fitted, bits: float, *, unbiased: bool = True) -> Transform:
         else:
             high = middle
     picks = numbers[chosen(high)]
-    name = states.put({"rates": torch.from_numpy(np.sort(picks)[::-1].astype(np.uint8))})
+    name = states.put({"rates": np.sort(picks)[::-1].astype(np.uint8)})
     return Transform(fitted.basis, name, fitted.channels)
 
 

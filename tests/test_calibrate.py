@@ -262,3 +262,24 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         Calibration.load(tmp_path / "nowhere.json")
     with pytest.raises(FxCompressError):
         fxcompress.backend(calibration=str(tmp_path / "nowhere.json"))
+
+
+def test_a_biased_transform_is_fitted_in_mid_compile() -> None:
+    """Where tensors are fake; it used to be left as plain Inductor."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU())
+    x = torch.randn(1024, 16)
+    calibration = fxcompress.calibrate(model, x, min_bytes=1024)
+    backend = fxcompress.backend(
+        policy="transform(bits=1,unbiased=False)",
+        calibration=calibration,
+        inner="aot_eager",
+        min_bytes=1024,
+    )
+    compiled = torch.compile(model, backend=backend)
+    compiled(x).square().sum().backward()
+    found = [t.representation for t in fxcompress.explain(compiled).tensors]
+    transforms = [codec(spec) for spec in found if spec.startswith("transform")]
+    assert transforms
+    assert not any(c.unbiased for c in transforms)

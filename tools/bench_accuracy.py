@@ -20,6 +20,7 @@ import fxcompress
 from fxcompress.calibrate import evidence_of
 from fxcompress.errors import FxCompressError, SettingsError
 from fxcompress.evidence import Calibration
+from fxcompress.passes.rewrite import KEEP
 from fxcompress.policies import policy
 from fxcompress.sensitivity import WEIGHTING, WEIGHTINGS
 from fxcompress.tools import models, output
@@ -213,7 +214,10 @@ def _train(args: argparse.Namespace, name: str, seed: int, start: Start, progres
     loss, accuracy = _validate(args, task)
     saved = start.plain_saved_bytes
     if policy(settings["policy"]).enabled:
-        saved = fxcompress.explain(compiled).saved_bytes
+        plan = fxcompress.explain(compiled)
+        if not any(t.representation != KEEP for t in plan.tensors):
+            raise FxCompressError(f"{name} compressed nothing: {plan.note or 'all tensors kept'}")
+        saved = plan.saved_bytes
     megabytes = (saved / 1e6, start.plain_saved_bytes / 1e6)
     return Run(name, seed, tuple(losses), loss, accuracy, *megabytes, median(times))
 

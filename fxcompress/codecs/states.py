@@ -25,7 +25,7 @@ from fxcompress import torch_private
 from fxcompress.errors import CodecError
 from fxcompress.persistent import persistent
 
-State = Mapping[str, Tensor]
+State = Mapping[str, Tensor | npt.NDArray[Any]]
 Arrays = dict[str, npt.NDArray[Any]]
 
 LARGEST_FILE = 256 << 20  # bytes; a basis of 4096 channels in blocks of 64 takes 1 MB
@@ -35,8 +35,15 @@ _on_device: dict[tuple[str, torch.device], dict[str, Tensor]] = {}
 
 
 def put(state: State) -> str:
-    """Keep a state of CPU tensors; the name under which :func:`get` finds it."""
-    arrays = {k: v.detach().contiguous().numpy().copy() for k, v in state.items()}
+    """Keep a state; the name under which :func:`get` finds it.
+
+    CPU tensors, or NumPy arrays, which is what a policy has to give that is asked in mid-compile:
+    tensors made there are fake.
+    """
+    arrays = {
+        k: v.detach().contiguous().numpy().copy() if isinstance(v, Tensor) else v.copy()
+        for k, v in state.items()
+    }
     name = _name(arrays)
     if name not in _states:
         _states[name] = arrays
