@@ -449,7 +449,8 @@ def test_payloads_pass_through_host_memory(subjects: dict[str, Subject], model: 
         rng.manual_seed(3)
         found.append(subject.gradient(choices))
     rng.manual_seed(None)
-    assert torch.equal(*found)
+    # The same bits decoded; matrix products on several threads may round otherwise.
+    assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
 
 
 def test_host_memory_is_where_the_graph_says() -> None:

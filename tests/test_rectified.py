@@ -101,6 +101,6 @@ def test_compiles_under_inductor() -> None:
     x = torch.randn(128, 16)
     exact = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     found = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
-    assert torch.equal(compiled(x), model(x))
+    assert torch.allclose(compiled(x), model(x), atol=1e-5)
     error = flat([a - b for a, b in zip(found, exact, strict=True)])
     assert 0 < error.norm() < 0.01 * flat(list(exact)).norm()
