@@ -88,4 +88,5 @@ def _nearest(bits: float) -> str:
     return f"rotate(bits={min(max(round(bits), 1), 5)})" if bits >= 0.75 else "subsample(rate=0.5)"
 
 
-POLICIES: tuple[Policy, ...] = tuple(transform(bits) for bits in (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0))
+_BITS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+POLICIES: tuple[Policy, ...] = tuple(transform(bits) for bits in _BITS)
