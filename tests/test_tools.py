@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import tarfile
@@ -220,10 +219,15 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("fxcompress ")
 
 
-def test_bench_step_json(factory: str, capsys):
+def test_bench_step_json(factory: str, tmp_path: Path, capsys, monkeypatch):
     arguments = ["bench", "step", factory, "--batch", "256", "--size", "32", "--steps", "2"]
-    assert cli.main([*arguments, "--policies", "uniform4", "--json"]) == 0
-    result = json.loads(io.StringIO(capsys.readouterr().out).readlines()[-1])
+    arguments += ["--policies", "uniform4", "--output", str(tmp_path / "kept.json"), "--json"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: 1 / 0)
+    assert cli.main(arguments) == 0  # all is kept: nothing is compiled
+    assert capsys.readouterr().out == printed
+    result = json.loads(printed.splitlines()[-1])
     assert list(result["policies"]) == ["inductor", "uniform4"]
     plain, ours = result["policies"]["inductor"], result["policies"]["uniform4"]
     keys = {"saved_mb", "peak_mb", "planned_peak_mb", "step_s", "step_ratio", "compile_s"}

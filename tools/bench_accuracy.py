@@ -6,14 +6,14 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 
 import fxcompress
@@ -23,9 +23,8 @@ from fxcompress.evidence import Calibration
 from fxcompress.passes.rewrite import KEEP
 from fxcompress.policies import policy
 from fxcompress.sensitivity import WEIGHTING, WEIGHTINGS
-from fxcompress.tools import models, output
-from fxcompress.tools.bench_noise import MIN_BYTES, split_policies
-from fxcompress.tools.bench_step import describe, machine
+from fxcompress.tools import harness, models, output
+from fxcompress.tools.bench_noise import MIN_BYTES
 from fxcompress.tools.feed import Feed, feed, recorded
 from fxcompress.tools.models import Task
 
@@ -83,49 +82,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="results as JSON after each run; runs found there are not redone",
-    )
     parser.add_argument("--plot", type=Path, help="loss against saved bytes, and the curves")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    harness.add_arguments(parser, seed=False)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, print the table, and with --json one line of JSON."""
-    names = list(dict.fromkeys(n.strip() for n in split_policies(args.policies) if n.strip()))
+    names = harness.split_policies(args.policies)
     for name in names:
         _settings(name)
     if args.seeds < 1 or args.warm_steps < 1 or args.steps <= args.warm_steps:
         raise SettingsError(
             "--seeds and --warm-steps must be 1 or more, --steps above --warm-steps"
         )
-    about = {
-        k: str(v) if isinstance(v, Path) else v
-        for k, v in vars(args).items()
-        if k in {"model", "batch", "size", "data", "steps", "warm_steps", "lr", "weighting"}
-    }
-    done = _resumed(args.output, about)
-    with Progress(console=Console(stderr=True)) as progress:
-        for seed in range(args.seeds):
-            missing = [n for n in names if not any(r.policy == n and r.seed == seed for r in done)]
-            if not missing:
-                continue
-            start = _warm_start(args, seed)
-            for name in missing:
-                done.append(_train(args, name, seed, start, progress))
-                _keep(args.output, about, done)
-    wanted = [r for r in done if r.policy in names and r.seed < args.seeds]
-    rows = summary(wanted, names)
+    about = ("model", "batch", "size", "data", "steps", "warm_steps", "lr", "weighting")
+    done = harness.results(args, *about)
+    runs = []
+    with harness.bars() as bars:
+        for seed in bars.track(range(args.seeds), description="seeds"):
+            start = cache(partial(_warm_start, args, seed))  # only if a run is missing
+            for name in names:
+                kept = done.part(f"{name}, seed {seed}", _train, args, name, seed, start, bars)
+                runs.append(Run(**{**kept, "losses": tuple(kept["losses"])}))
+    rows = summary(runs, names)
     output.write_table(list(rows[0]), rows, f"{args.model}, {args.steps} steps, {args.seeds} seeds")
-    print(describe(machine()))
+    print(harness.describe(harness.machine()))
     if args.plot:
         from fxcompress.tools.plots import accuracy
 
-        accuracy(wanted, names, args.plot, args.model)
+        accuracy(runs, names, args.plot, args.model)
     if args.json:
-        print(json.dumps({"policies": rows, **about, "machine": machine()}))
+        print(json.dumps({"policies": rows, **done.about}))
     return 0
 
 
@@ -189,8 +176,11 @@ def _warm_start(args: argparse.Namespace, seed: int) -> Start:
     return Start(*state, evidence_of(first, second, weighting=args.weighting), plain)
 
 
-def _train(args: argparse.Namespace, name: str, seed: int, start: Start, progress: Progress) -> Run:
+def _train(
+    args: argparse.Namespace, name: str, seed: int, begun: Callable[[], Start], bars: Progress
+) -> Run:
     """The steps after the warm-up. All policies of a seed see the same batches and dropout."""
+    start = begun()
     task, optimizer, source = _begin(args, seed)
     task.model.load_state_dict(start.model)
     optimizer.load_state_dict(copy.deepcopy(start.optimizer))
@@ -207,7 +197,7 @@ def _train(args: argparse.Namespace, name: str, seed: int, start: Start, progres
     fxcompress.manual_seed(seed)
     losses, times = [], []
     steps = range(args.warm_steps, args.steps)
-    for _ in progress.track(steps, description=f"{name}, seed {seed}"):
+    for _ in bars.track(steps, description=f"{name}, seed {seed}"):
         before = time.perf_counter()
         losses.append(_step(source(), compiled, optimizer))
         times.append(time.perf_counter() - before)
@@ -243,25 +233,3 @@ def _validate(args: argparse.Namespace, task: Task) -> tuple[float, float | None
         if batch.labels is not None:
             right.append(float((found.argmax(1) == batch.labels).float().mean()))
     return mean(losses), mean(right) if right else None
-
-
-def _resumed(path: Path | None, about: dict[str, Any]) -> list[Run]:
-    """Runs kept by an earlier call with the same arguments."""
-    if path is None or not path.exists():
-        return []
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        runs = [Run(**{**row, "losses": tuple(row["losses"])}) for row in kept.pop("runs")]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise FxCompressError(f"{path} holds no results of this command: {error}") from None
-    if kept != about:
-        raise FxCompressError(f"{path} was made with other arguments ({kept}): give another file")
-    return runs
-
-
-def _keep(path: Path | None, about: dict[str, Any], runs: Sequence[Run]) -> None:
-    """Write all runs, whole or not at all."""
-    if path is not None:
-        fresh = path.with_suffix(".part")
-        fresh.write_text(json.dumps({**about, "runs": [asdict(r) for r in runs]}), encoding="utf-8")
-        fresh.replace(path)

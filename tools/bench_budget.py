@@ -7,20 +7,22 @@ either met, or refused before the step has allocated anything.
 from __future__ import annotations
 
 import argparse
+import json
 import re
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
+from rich.progress import Progress
 
 import fxcompress
 from fxcompress import Calibration
 from fxcompress.errors import BudgetError, FxCompressError, SettingsError
-from fxcompress.tools import models, output
-from fxcompress.tools.bench_step import machine
+from fxcompress.tools import harness, models, output
+from fxcompress.tools.harness import Results
 from fxcompress.tools.memory import measure_step
 from fxcompress.tools.models import Task
 
@@ -73,8 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shares = ",".join(f"{share:g}" for share in SHARES)
     parser.add_argument("--shares", default=shares, help=f"of plain Inductor's peak: {shares}")
     parser.add_argument("--inner", default="inductor", help="inductor or aot_eager")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    harness.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,32 +86,54 @@ def run(args: argparse.Namespace) -> int:
         raise SettingsError(f"--shares {args.shares!r} is no list of numbers") from None
     torch.manual_seed(args.seed)
     task = models.load(args.model, args.batch, args.size)
-    plain, rows = measure(task, shares, args.inner)
+    done = harness.results(args, "model", "batch", "size", "inner", "seed")
+    with harness.bars() as bars:
+        plain, rows = measure(task, shares, args.inner, done, bars)
     about = {
         "model": args.model,
         "batch": args.batch,
         "size": args.size,
+        "seed": args.seed,
         "inner": args.inner,
         "plain_peak_mb": plain / MB,
-        "machine": machine(),
+        "machine": harness.machine(),
     }
     table = [{**asdict(row), "holds": row.holds} for row in rows]
+    title = f"{args.model}, batch {args.batch}, size {args.size}: plain peak {plain / MB:.1f} MB"
+    output.write_table(list(table[0]), table, title)
+    print(harness.describe(about["machine"]))
     if args.json:
-        output.write_json({**about, "budgets": table}, sys.stdout)
-    else:
-        title = (
-            f"{args.model}, batch {args.batch}, size {args.size}: plain peak {plain / MB:.1f} MB"
-        )
-        output.write_table(list(table[0]), table, title)
+        print(json.dumps({**about, "budgets": table}))
     return 0 if all(row.holds for row in rows) else 1
 
 
-def measure(task: Task, shares: Sequence[float], inner: str = "inductor") -> tuple[int, list[Row]]:
+def measure(
+    task: Task,
+    shares: Sequence[float],
+    inner: str = "inductor",
+    done: Results | None = None,
+    bars: Progress | None = None,
+) -> tuple[int, list[Row]]:
     """(plain Inductor's measured peak in bytes, a row for each share of it).
+
+    Args:
+        task: the model, its batch and loss; left as it was.
+        shares: of plain Inductor's peak.
+        inner: as for :func:`fxcompress.backend`.
+        done, bars: where rows are kept, and progress is shown.
 
     Raises:
         FxCompressError: a step failed for another reason than its budget.
     """
+    done = done or Results()
+    peak = done.part("plain", _plain_peak, task, inner)
+    calibration = cache(partial(_calibrated, task))
+    shown = shares if bars is None else bars.track(shares, description="budgets")
+    rows = [done.part(f"{s:g}", _row, task, s, peak, calibration, inner) for s in shown]
+    return peak, [Row(**row) for row in rows]
+
+
+def _plain_peak(task: Task, inner: str) -> int:
     plain = task.copy()
     torch._dynamo.reset()
     backend: Any = (
@@ -118,9 +141,7 @@ def measure(task: Task, shares: Sequence[float], inner: str = "inductor") -> tup
     )
     compiled = torch.compile(plain.model, backend=backend)
     step(plain, compiled)
-    peak = measure_step(lambda: step(plain, compiled), plain.model.parameters()).peak_bytes
-    calibration = _calibrated(task)
-    return peak, list(_rows(task, shares, peak, calibration, inner))
+    return measure_step(lambda: step(plain, compiled), plain.model.parameters()).peak_bytes
 
 
 def step(task: Task, compiled: Any) -> None:
@@ -133,40 +154,39 @@ def _calibrated(task: Task) -> Calibration:
     return fxcompress.calibrate(copied.model, batch, loss=task.loss)
 
 
-def _rows(
-    task: Task, shares: Sequence[float], peak: int, calibration: Calibration, inner: str
-) -> Iterator[Row]:
-    for share in shares:
-        copied = task.copy()
-        torch._dynamo.reset()
-        budget = share * peak / MB
-        backend = fxcompress.backend(budget, inner=inner, calibration=calibration)
-        compiled = torch.compile(copied.model, backend=backend)
-        parameters = list(copied.model.parameters())
-        start = time.perf_counter()
-        refusals: list[BudgetError] = []
+def _row(
+    task: Task, share: float, peak: int, calibrated: Callable[[], Calibration], inner: str
+) -> Row:
+    calibration = calibrated()
+    copied = task.copy()
+    torch._dynamo.reset()
+    budget = share * peak / MB
+    backend = fxcompress.backend(budget, inner=inner, calibration=calibration)
+    compiled = torch.compile(copied.model, backend=backend)
+    parameters = list(copied.model.parameters())
+    refusals: list[BudgetError] = []
 
-        def first(copied: Task = copied, compiled: Any = compiled, to: Any = refusals) -> None:
-            try:
-                step(copied, compiled)
-            except BudgetError as error:
-                to.append(error)
+    def first() -> None:
+        try:
+            step(copied, compiled)
+        except BudgetError as error:
+            refusals.append(error)
 
-        before = measure_step(first, parameters).peak_bytes
-        seconds = time.perf_counter() - start
-        if refusals:
-            yield Row(
-                share, budget, False, None, before / MB, None, _smallest(refusals[0]),
-                None, None, None, seconds,
-            )  # fmt: skip
-            continue
-        taken = measure_step(lambda c=copied, m=compiled: step(c, m), parameters).peak_bytes  # type: ignore[misc]
-        plan = backend.plan()
-        yield Row(
-            share, budget, True, plan.planned_peak_bytes / MB, taken / MB,
-            plan.planned_peak_bytes / taken, None, plan.saved_bytes / MB,
-            plan.predicted_variance, plan.gap, seconds,
+    start = time.perf_counter()
+    before = measure_step(first, parameters).peak_bytes
+    seconds = time.perf_counter() - start
+    if refusals:
+        return Row(
+            share, budget, False, None, before / MB, None, _smallest(refusals[0]),
+            None, None, None, seconds,
         )  # fmt: skip
+    taken = measure_step(lambda: step(copied, compiled), parameters).peak_bytes
+    plan = backend.plan()
+    return Row(
+        share, budget, True, plan.planned_peak_bytes / MB, taken / MB,
+        plan.planned_peak_bytes / taken, None, plan.saved_bytes / MB,
+        plan.predicted_variance, plan.gap, seconds,
+    )  # fmt: skip
 
 
 def _smallest(error: BudgetError) -> float:

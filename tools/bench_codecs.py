@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +22,8 @@ from fxcompress.choose import is_codable
 from fxcompress.codecs import Codec, codec
 from fxcompress.fit import at_rate, fit
 from fxcompress.sensitivity import sensitivity
-from fxcompress.tools import beyond, models, output
+from fxcompress.tools import beyond, harness, models, output
 from fxcompress.tools.bench_noise import MIN_BYTES
-from fxcompress.tools.bench_step import describe, machine
 from fxcompress.tools.feed import feed, recorded, train
 
 SPECS = (
@@ -68,43 +69,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--beyond", action="store_true", help="quantizers that we do not ship, for comparison"
     )
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, help="all codecs against the bound")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    harness.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, and with --json one line of JSON."""
-    torch.manual_seed(args.seed)
-    rows = [row for name, x in synthetic().items() for row in measure(name, x, SPECS)]
-    masks: list[dict[str, object]] = []
-    for name in args.model:
-        for label, first, second, axis in _saved(args, name):
-            rows += measure(label, second, SPECS)
-            fitted = fit(first, [torch.randn_like(first)], axis)
-            for rate in RATES:
-                for unbiased in (True, False):
-                    found = at_rate(fitted, rate, unbiased=unbiased)
-                    kind = "transform" if unbiased else "transform, bands dropped"
-                    rows.append(_row(label, f"{kind} {rate:g}", found, second))
-            masks += beyond.masks(label, second, [at_rate(fitted, r) for r in RATES])
+    done = harness.results(args, "batch", "size", "data", "warm_steps", "tensors", "seed")
+    works: dict[str, Callable[[], Tables]] = {
+        "synthetic": partial(_synthetic, args.seed),
+        **{name: partial(_real, args, name) for name in args.model},
+    }
+    rows: list[Row] = []
+    masks: list[dict[str, Any]] = []
+    with harness.bars() as bars:
+        for name, work in bars.track(works.items(), description="sources"):
+            found, more = done.part(name, work)
+            rows += [Row(**each) for each in found]
+            masks += more
+        others = done.part("beyond", beyond.quantizers) if args.beyond else []
     for source in dict.fromkeys(row.source for row in rows):
         shown = sorted((r for r in rows if r.source == source), key=lambda r: -r.rate)
         columns = ["codec", "rate", "error", "bias", "bound"]
         output.write_table(columns, [asdict(r) for r in shown], source)
-    others = beyond.quantizers() if args.beyond else []
     for title, table in (("masks given the decoded tensor", masks), ("beyond", others)):
         if table:
             output.write_table(list(table[0]), table, title)
-    print(describe(machine()))
+    print(harness.describe(harness.machine()))
     if args.plot:
         from fxcompress.tools.plots import rate_distortion
 
         rate_distortion(rows, args.plot)
     if args.json:
         tables = {"codecs": [asdict(r) for r in rows], "masks": masks, "beyond": others}
-        print(json.dumps({**tables, "seed": args.seed, "machine": machine()}))
+        print(json.dumps({**tables, "seed": args.seed, "machine": harness.machine()}))
     return 0
+
+
+Tables = tuple[list[Row], list[dict[str, Any]]]  # of codecs, and of masks
+
+
+def _synthetic(seed: int) -> Tables:
+    torch.manual_seed(seed)
+    return [row for name, x in synthetic().items() for row in measure(name, x, SPECS)], []
+
+
+def _real(args: argparse.Namespace, name: str) -> Tables:
+    torch.manual_seed(args.seed)
+    rows: list[Row] = []
+    masks: list[dict[str, Any]] = []
+    for label, first, second, axis in _saved(args, name):
+        rows += measure(label, second, SPECS)
+        fitted = fit(first, [torch.randn_like(first)], axis)
+        for rate in RATES:
+            for unbiased in (True, False):
+                found = at_rate(fitted, rate, unbiased=unbiased)
+                kind = "transform" if unbiased else "transform, bands dropped"
+                rows.append(_row(label, f"{kind} {rate:g}", found, second))
+        masks += beyond.masks(label, second, [at_rate(fitted, r) for r in RATES])
+    return rows, masks
 
 
 def synthetic() -> dict[str, Tensor]:

@@ -10,16 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
-from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -27,7 +27,8 @@ from fxcompress.codecs import Codec, codec
 from fxcompress.errors import SettingsError
 from fxcompress.kernels import cpu
 from fxcompress.kernels import triton as kernels
-from fxcompress.tools.bench_step import describe, machine
+from fxcompress.tools import harness
+from fxcompress.tools.harness import Results
 
 if TYPE_CHECKING:
     from fxcompress.kernels.triton.aot import Code
@@ -64,19 +65,25 @@ class GpuRow:
     estimated_for: str
 
 
-# Of a GpuRow, what only the table has.
-ESTIMATES = ("instructions_per_element", "estimated_gb_s", "estimated_for")
+# What only the tables have.
+NOT_IN_JSON = {
+    *("instructions_per_element", "estimated_gb_s", "estimated_for"),
+    *("clone_range", "encode_range", "decode_range"),
+}
 
 
 @dataclass(frozen=True)
 class CpuRow:
-    """Median time over that of x.clone(); below 1 is faster."""
+    """Median time over that of x.clone(); below 1 is faster. Ranges: of single calls, over it."""
 
     codec: str
     bits: int
     dtype: str
     encode_vs_clone: float
     decode_vs_clone: float
+    clone_range: str
+    encode_range: str
+    decode_range: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each CPU kernel")
     parser.add_argument("--skip-cpu", action="store_true", help="only compile")
     parser.add_argument("--skip-gpu", action="store_true", help="only time the CPU's")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    harness.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,7 +102,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.skip_gpu and find_spec("triton") is None:
         raise SettingsError("the GPU part compiles with Triton, which is missing; use --skip-gpu")
     console = Console(width=None if sys.stdout.isatty() else 120)
-    gpu = [] if args.skip_gpu else list(compiled())
+    done = harness.results(args, "mb", "repeats", "seed")
+    with harness.bars() as bars:
+        gpu = [] if args.skip_gpu else compiled(done, bars)
+        timed = [] if args.skip_cpu else measured(int(args.mb * 1e6), args.repeats, done, bars)
     if gpu:
         _print(
             console,
@@ -111,7 +121,6 @@ def run(args: argparse.Namespace) -> int:
             estimated_gb_s="GB/s est.",
             estimated_for="of",
         )
-    timed = [] if args.skip_cpu else list(measured(int(args.mb * 1e6), args.repeats))
     if timed:
         _print(
             console,
@@ -122,11 +131,13 @@ def run(args: argparse.Namespace) -> int:
             dtype="dtype",
             encode_vs_clone="encode",
             decode_vs_clone="decode",
+            clone_range="clone, range",
+            encode_range="encode, range",
+            decode_range="decode, range",
         )
-        console.print(describe(machine()), highlight=False)
+        console.print(harness.describe(harness.machine()), highlight=False)
     if args.json:
-        read = [{k: v for k, v in asdict(row).items() if k not in ESTIMATES} for row in gpu]
-        print(json.dumps({"gpu": read, "cpu": [asdict(row) for row in timed]}))
+        print(json.dumps({"gpu": _json(gpu), "cpu": _json(timed)}))
     return 0
 
 
@@ -169,11 +180,15 @@ DEVICES = {
 }
 
 
-def compiled() -> Iterator[GpuRow]:
+def compiled(done: Results | None = None, bars: Progress | None = None) -> list[GpuRow]:
     """Every family's kernels for every target."""
-    for c, name, dtype in _cases():
-        for target in TARGETS:
-            yield from _rows(c, name, dtype, target)
+    done = done or Results()
+    works = [(*case, target) for case in _cases() for target in TARGETS]
+    rows: list[GpuRow] = []
+    for c, name, dtype, target in bars.track(works, description="compiling") if bars else works:
+        found = done.part(f"{c} {name} {target}", _rows, c, name, dtype, target)
+        rows += [GpuRow(**row) for row in found]
+    return rows
 
 
 def _cases() -> Iterator[tuple[Codec, str, torch.dtype]]:
@@ -183,7 +198,7 @@ def _cases() -> Iterator[tuple[Codec, str, torch.dtype]]:
     yield codec("bits(bits=1)"), "bool", torch.bool
 
 
-def _rows(c: Codec, name: str, dtype: torch.dtype, target: str) -> Iterator[GpuRow]:
+def _rows(c: Codec, name: str, dtype: torch.dtype, target: str) -> list[GpuRow]:
     from fxcompress.kernels.triton.aot import compile_for, warp_of
 
     x = torch.empty(_ELEMENTS, dtype=dtype, device="meta")
@@ -191,6 +206,7 @@ def _rows(c: Codec, name: str, dtype: torch.dtype, target: str) -> Iterator[GpuR
     with kernels.recorded(warp_of(target)) as launches:
         payload = c.encode(x, key, 1)
         c.decode(payload, x.shape, dtype, key, 1)
+    rows = []
     for way, launch in zip(("encode", "decode"), launches, strict=True):
         code, threads = compile_for(target, launch), launch.warps * warp_of(target)
         share = launch.programs / GB  # GB are what all programs read or write of the tensor
@@ -200,7 +216,7 @@ def _rows(c: Codec, name: str, dtype: torch.dtype, target: str) -> Iterator[GpuR
             code.moved_bytes * share / device.gb_s,
             device.seconds(code.instructions, threads) * launch.programs / device.units,
         )
-        yield GpuRow(
+        row = GpuRow(
             kernel=f"{c} {name} {way}",
             target=target,
             registers=code.registers,
@@ -214,6 +230,8 @@ def _rows(c: Codec, name: str, dtype: torch.dtype, target: str) -> Iterator[GpuR
             estimated_gb_s=x.nbytes / GB / seconds,
             estimated_for=device.name,
         )
+        rows.append(row)
+    return rows
 
 
 def _access(code: Code, way: str, needed: int) -> int:
@@ -229,33 +247,47 @@ def _access(code: Code, way: str, needed: int) -> int:
 # ---- CPU: measured ----
 
 
-def measured(size: int, repeats: int) -> Iterator[CpuRow]:
-    """Every codec that has CPU kernels at 2 and 4 bits, calls interleaved with x.clone()."""
+def measured(
+    size: int, repeats: int, done: Results | None = None, bars: Progress | None = None
+) -> list[CpuRow]:
+    """Every codec that has CPU kernels at 2 and 4 bits, calls interleaved with x.clone().
+
+    Args:
+        size: of the tensor, bytes.
+        repeats: timed rounds.
+        done, bars: where rows are kept, and progress is shown.
+    """
     if not cpu.available():
         raise SettingsError("there is no C++ compiler for the CPU kernels; use --skip-cpu")
-    key = torch.tensor([1, 2])
-    for name, dtype in DTYPES.items():
-        x = torch.randn(size // dtype.itemsize).to(dtype)
-        for family in TIMED:
-            for bits in (2, 4):
-                yield _timed(codec(f"{family}(bits={bits})"), bits, name, x, key, repeats)
+    done = done or Results()
+    works = [(name, family, bits) for name in DTYPES for family in TIMED for bits in (2, 4)]
+    rows = []
+    for name, family, bits in bars.track(works, description="timing") if bars else works:
+        own = codec(f"{family}(bits={bits})")
+        row = done.part(f"{family} {bits} {name}", _timed, own, bits, name, size, repeats)
+        rows.append(CpuRow(**row))
+    return rows
 
 
-def _timed(c: Codec, bits: int, dtype: str, x: Tensor, key: Tensor, repeats: int) -> CpuRow:
+def _timed(c: Codec, bits: int, dtype: str, size: int, repeats: int) -> CpuRow:
+    kind = DTYPES[dtype]
+    x, key = torch.randn(size // kind.itemsize).to(kind), torch.tensor([1, 2])
     payload = c.encode(x, key, 0)
-    calls: list[Callable[[], Tensor]] = [
-        x.clone,
-        lambda: c.encode(x, key, 0),
-        lambda: c.decode(payload, x.shape, x.dtype, key, 0),
-    ]
-    seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats + 1):
-        for call, found in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            found.append(time.perf_counter() - start)
-    clone, encode, decode = (median(found[1:]) for found in seconds)  # the first calls warm up
-    return CpuRow(c.name, bits, dtype, encode / clone, decode / clone)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "clone": x.clone,
+        "encode": lambda: c.encode(x, key, 0),
+        "decode": lambda: c.decode(payload, x.shape, x.dtype, key, 0),
+    }
+    timed = {name: partial(harness.seconds, call) for name, call in calls.items()}
+    taken = {n: harness.spread(s) for n, s in harness.interleaved(timed, repeats).items()}
+    clone = taken["clone"].median
+    encode, decode = (taken[name].median / clone for name in ("encode", "decode"))
+    ranges = (f"{t.low / clone:.2f} to {t.high / clone:.2f}" for t in taken.values())
+    return CpuRow(c.name, bits, dtype, encode, decode, *ranges)
+
+
+def _json(rows: Sequence[GpuRow | CpuRow]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in asdict(row).items() if k not in NOT_IN_JSON} for row in rows]
 
 
 def _print(console: Console, rows: list[GpuRow] | list[CpuRow], **titles: str) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -30,8 +32,7 @@ from fxcompress.policies import Situation, policy
 from fxcompress.record import Recording, gradients
 from fxcompress.sensitivity import Sensitivity, price, sensitivity
 from fxcompress.solve import build, least_noise, least_saved
-from fxcompress.tools import models
-from fxcompress.tools.bench_step import describe, machine
+from fxcompress.tools import harness, models
 from fxcompress.tools.feed import feed, recorded, train
 
 MB = 1e6
@@ -76,64 +77,98 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="JPEG folders, or a text file for the GPT")
     parser.add_argument("--warm-steps", type=int, default=200, help="AdamW steps beforehand")
     parser.add_argument("--seeds", type=int, default=16, help="noise streams to average over")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    harness.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, and with --json one line of JSON."""
-    names = list(dict.fromkeys(n.strip() for n in split_policies(args.policies) if n.strip()))
+    names = harness.split_policies(args.policies)
     for name in (*names, *([args.match_bytes] if args.match_bytes else [])):
         policy(name)
     if args.ratio and args.match_bytes:
         raise SettingsError("give --match-bytes or --ratio, not both")
     if args.seeds < 2:
         raise SettingsError("--seeds must be 2 or more: bias is told from noise by their mean")
-    torch.manual_seed(args.seed)
-    task = models.load(args.model, args.batch, args.size)
-    notes = Console(stderr=True)
-    with notes.status("training") as status:
-        source, data = feed(task, args.data, args.batch, args.size, args.seed)
-        loss = train(source, args.warm_steps)
-        status.update("calibrating")
-        calibration = evidence_of(recorded(source, MIN_BYTES), recorded(source, MIN_BYTES))
-        if args.drift_steps:
-            status.update("training on")
-            loss = train(source, args.drift_steps)
-        status.update("recording the batch to measure on")
-        recordings = recorded(source, MIN_BYTES)
-        sensitivities = [sensitivity(r, is_codable, probes=2, seed=1) for r in recordings]
-        exact = _flat(recordings, [r.cut for r in recordings])
-        plain = sum(r.plain_saved_bytes for r in recordings)
-        target = plain / args.ratio if args.ratio else None
+    done = harness.results(
+        args,
+        *("model", "batch", "size", "data", "warm_steps", "drift_steps", "match_bytes", "seed"),
+        *("bytes_factor", "ratio", "seeds"),
+    )
+    with harness.bars() as bars:
+        setting = cache(partial(_set, args, bars))  # trained only if something is missing
+        first = done.part("setting", lambda: setting().about)
+        target = first["plain_saved_mb"] * MB / args.ratio if args.ratio else None
         if args.match_bytes:
-            chosen, _ = _choose(recordings, args.match_bytes, calibration, None)
-            target = sum(map(_saved, chosen)) * args.bytes_factor
-        rows = {}
-        for name in names:
-            status.update(f"measuring {name}")
-            chosen, level = _choose(recordings, name, calibration, target)
-            rows[name] = _measure(recordings, sensitivities, chosen, exact, args.seeds, level)
+            matched = done.part(f"bytes of {args.match_bytes}", _spent, setting, args.match_bytes)
+            target = matched * args.bytes_factor
+        rows = {
+            name: Row(**done.part(name, _row, setting, name, target, args.seeds))
+            for name in bars.track(names, description="noise of each policy")
+        }
     about = {
         "model": args.model,
         "batch": args.batch,
         "size": args.size,
-        "data": data,
         "warm_steps": args.warm_steps,
-        "warm_loss": loss,
         "match_bytes": args.match_bytes,
         "bytes_factor": args.bytes_factor,
         "ratio": args.ratio,
         "drift_steps": args.drift_steps,
-        "plain_saved_mb": plain / MB,
+        **first,
         "seed": args.seed,
         "seeds": args.seeds,
-        "machine": machine(),
+        "machine": harness.machine(),
     }
     _print(rows, about)
     if args.json:
         print(json.dumps({"policies": {name: asdict(row) for name, row in rows.items()}, **about}))
     return 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The trained model on the batch that all policies are measured on."""
+
+    recordings: tuple[Recording, ...]
+    sensitivities: tuple[Sensitivity, ...]
+    calibration: Calibration
+    exact: Tensor
+    about: dict[str, Any]
+
+
+def _spent(setting: Callable[[], Setting], name: str) -> int:
+    """Bytes that a policy saves without being tuned."""
+    found = setting()
+    chosen, _ = _choose(found.recordings, name, found.calibration, None)
+    return sum(map(_saved, chosen))
+
+
+def _row(setting: Callable[[], Setting], name: str, target: float | None, seeds: int) -> Row:
+    found = setting()
+    chosen, level = _choose(found.recordings, name, found.calibration, target)
+    return _measure(found.recordings, found.sensitivities, chosen, found.exact, seeds, level)
+
+
+def _set(args: argparse.Namespace, bars: Progress) -> Setting:
+    torch.manual_seed(args.seed)
+    task = models.load(args.model, args.batch, args.size)
+    source, data = feed(task, args.data, args.batch, args.size, args.seed)
+    loss = train(source, args.warm_steps, bars=bars)
+    calibration = evidence_of(recorded(source, MIN_BYTES), recorded(source, MIN_BYTES))
+    if args.drift_steps:
+        loss = train(source, args.drift_steps, bars=bars)
+    recordings = recorded(source, MIN_BYTES)
+    return Setting(
+        recordings,
+        tuple(sensitivity(r, is_codable, probes=2, seed=1) for r in recordings),
+        calibration,
+        _flat(recordings, [r.cut for r in recordings]),
+        {
+            "data": data,
+            "warm_loss": loss,
+            "plain_saved_mb": sum(r.plain_saved_bytes for r in recordings) / MB,
+        },
+    )
 
 
 def _choose(
@@ -253,18 +288,6 @@ def _flat(recordings: Sequence[Recording], cuts: Sequence[Any]) -> Tensor:
     return torch.cat(parts)
 
 
-def split_policies(text: str) -> list[str]:
-    """Policies apart at commas outside parentheses."""
-    found, depth = [""], 0
-    for character in text:
-        depth += (character == "(") - (character == ")")
-        if character == "," and depth == 0:
-            found.append("")
-        else:
-            found[-1] += character
-    return found
-
-
 def _print(rows: dict[str, Row], about: dict[str, Any]) -> None:
     title = f"{about['model']}, batch {about['batch']}, size {about['size']}"
     if about["match_bytes"]:
@@ -287,7 +310,7 @@ def _print(rows: dict[str, Row], about: dict[str, Any]) -> None:
         )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    console.print(describe(about["machine"]), highlight=False)
+    console.print(harness.describe(about["machine"]), highlight=False)
     console.print(
         f"{about['data']}; {about['warm_steps']} steps first, "
         f"{about['drift_steps']} after calibrating, loss {about['warm_loss']:.3f}; "

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import mean, median
+from functools import cache, partial
+from statistics import mean
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 import fxcompress
 from fxcompress import torch_private
 from fxcompress.errors import SettingsError
-from fxcompress.tools import memory, models
+from fxcompress.tools import harness, memory, models
 from fxcompress.tools.memory import SavedMemory
 from fxcompress.tools.models import Task
 
@@ -66,12 +64,10 @@ class Runner:
         self.task.forward(self.compiled).backward()
 
     def seconds(self) -> float:
-        """Wall time of one step, work queued on a GPU included."""
-        _synchronize()
-        start = time.perf_counter()
-        self.step()
-        _synchronize()
-        return time.perf_counter() - start
+        """Wall time of one step; its gradients are gone afterwards."""
+        taken = harness.seconds(self.step)
+        self.task.model.zero_grad(set_to_none=True)
+        return taken
 
     def gradient(self, seed: int) -> Tensor:
         """The whole parameter gradient of one step from a given random state, as one vector."""
@@ -104,12 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget-mb", type=float, help="peak of activations for policy auto, MB")
     parser.add_argument("--ratio-saved", type=float, help="for auto: 1/R of the saved bytes")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--grad-seeds", type=int, default=3, help="seeds the error is averaged over"
     )
     parser.add_argument("--warm-steps", type=int, default=0, help="eager SGD steps beforehand")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    harness.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -119,39 +114,36 @@ def run(args: argparse.Namespace) -> int:
         raise SettingsError("--steps and --grad-seeds must be 1 or more")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("--device cuda: PyTorch sees no CUDA device; use --device cpu")
-    torch.manual_seed(args.seed)
-    task = models.load(args.model, args.batch, args.size, args.device)
-    models.warm(task, args.warm_steps)
     seeds = [args.seed + 1 + index for index in range(args.grad_seeds)]
+    done = harness.results(
+        args,
+        *("model", "batch", "size", "budget_mb", "ratio_saved", "device", "seed", "warm_steps"),
+        policies=policies,
+        grad_seeds=seeds,
+        gpu=harness.machine(args.device)["gpu"],
+    )
+    with harness.bars() as bars:
+        # Only if something is missing: a finished benchmark is printed again at once.
+        compiled = cache(partial(_compile, policies, args, bars))
+        exact = cache(lambda seed: compiled()[BASELINE].gradient(seed))
+        facts = {
+            name: done.part(name, _facts, name, compiled, exact, seeds)
+            for name in bars.track(policies, description="memory and gradients")
+        }
+        timed = {name: partial(_seconds, name, compiled) for name in policies}
+        seconds = harness.interleaved(timed, args.steps, done=done, bars=bars)
 
-    notes = Console(stderr=True)
-    with notes.status("compiling") as status:
-        runners = _compile(task, policies, args, status.update)
-        status.update("measuring memory and gradients")
-        for runner in runners:
-            runner.step()  # the second step settles what is allocated once, on first use
-        saved = {r.policy: r.saved() for r in runners}
-        peaks = {r.policy: r.peak_bytes() for r in runners}
-        errors = _gradient_errors(runners, seeds)
-        status.update("timing")
-        seconds = _time(runners, args.steps)
-
-    baseline = median(seconds[BASELINE])
-    rows = {
-        r.policy: Row(
-            saved_mb=saved[r.policy].activation_bytes / MB,
-            saved_copies_mb=saved[r.policy].copy_bytes / MB,
-            peak_mb=peaks[r.policy] / MB,
-            planned_peak_mb=None if (plan := r.planned_peak_bytes) is None else plan / MB,
-            step_s=median(seconds[r.policy]),
-            step_min_s=min(seconds[r.policy]),
-            step_max_s=max(seconds[r.policy]),
-            step_ratio=median(seconds[r.policy]) / baseline,
-            compile_s=r.compile_s,
-            grad_error=mean(errors[r.policy]),
+    baseline = harness.spread(seconds[BASELINE]).median
+    rows = {}
+    for name, taken in seconds.items():
+        step = harness.spread(taken)
+        rows[name] = Row(
+            **facts[name],
+            step_s=step.median,
+            step_min_s=step.low,
+            step_max_s=step.high,
+            step_ratio=step.median / baseline,
         )
-        for r in runners
-    }
     about = {
         "model": args.model,
         "batch": args.batch,
@@ -162,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
         "warm_steps": args.warm_steps,
         "budget_mb": args.budget_mb,
         "ratio_saved": args.ratio_saved,
-        "machine": machine(args.device),
+        "machine": harness.machine(args.device),
     }
     _print(rows, about)
     if args.json:
@@ -170,35 +162,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        model = next((value.strip() for key, _, value in lines if "model name" in key), model)
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "torch": torch.__version__,
-    }
-
-
-def describe(where: dict[str, Any]) -> str:
-    """The machine as one line."""
-    gpu = f", {where['gpu']}" if where["gpu"] else ""
-    return (
-        f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads{gpu}, "
-        f"torch {where['torch']}"
-    )
-
-
 def _policies(text: str) -> list[str]:
     """The policies asked for, each once, the baseline first."""
-    asked = [name.strip() for name in text.split(",") if name.strip()]
+    asked = harness.split_policies(text)
     for name in asked:
         if name not in fxcompress.policies():
             known = ", ".join(fxcompress.policies())
@@ -206,17 +172,17 @@ def _policies(text: str) -> list[str]:
     return list(dict.fromkeys([BASELINE, *asked]))
 
 
-def _compile(
-    task: Task, policies: list[str], args: argparse.Namespace, report: Callable[[str], None]
-) -> list[Runner]:
+def _compile(policies: list[str], args: argparse.Namespace, bars: Progress) -> dict[str, Runner]:
     """A compiled copy for each policy, and the seconds of its first step with empty caches."""
+    torch.manual_seed(args.seed)
+    task = models.load(args.model, args.batch, args.size, args.device)
+    models.warm(task, args.warm_steps)
     torch._dynamo.reset()
     # Every policy compiles the same code object once: more than the default number of versions.
     torch._dynamo.config.recompile_limit = 4 * len(policies) + 8
     _import_inductor(args.device)
-    runners = []
-    for policy in policies:
-        report(f"compiling {policy}")
+    runners = {}
+    for policy in bars.track(policies, description="compiling"):
         runner = Runner(
             policy, copy := task.copy(), torch.compile(copy.model, backend=_backend(policy, args))
         )
@@ -225,7 +191,9 @@ def _compile(
             if policy != BASELINE:  # read here: the plan is filed beside the compiled graphs
                 plan = fxcompress.explain(runner.compiled)
                 runner.planned_peak_bytes = plan.planned_peak_bytes
-        runners.append(runner)
+        runners[policy] = runner
+    for runner in runners.values():
+        runner.step()  # the second step settles what is allocated once, on first use
     return runners
 
 
@@ -244,30 +212,31 @@ def _import_inductor(device: str) -> None:
         torch.compile(lambda value: value.sin().sum(), backend="inductor")(x).backward()
 
 
-def _gradient_errors(runners: list[Runner], seeds: list[int]) -> dict[str, list[float]]:
-    """|g - g0| / |g0| by policy and seed; g0 is plain Inductor's in fp32, from the same state."""
-    errors: dict[str, list[float]] = {runner.policy: [] for runner in runners}
-    for seed in seeds:
-        exact = runners[0].gradient(seed)
-        for runner in runners:
-            difference = runner.gradient(seed) - exact
-            errors[runner.policy].append((difference.norm() / exact.norm()).item())
-    return errors
+def _facts(
+    name: str,
+    compiled: Callable[[], dict[str, Runner]],
+    exact: Callable[[int], Tensor],
+    seeds: Sequence[int],
+) -> dict[str, float | None]:
+    """What a row has besides times. The error is |g - g0| / |g0|, the mean over seeds; g0 is plain
+    Inductor's in fp32, from the same random state.
+    """
+    runner = compiled()[name]
+    saved, planned = runner.saved(), runner.planned_peak_bytes
+    peak = runner.peak_bytes()
+    errors = [float((runner.gradient(s) - exact(s)).norm() / exact(s).norm()) for s in seeds]
+    return {
+        "saved_mb": saved.activation_bytes / MB,
+        "saved_copies_mb": saved.copy_bytes / MB,
+        "peak_mb": peak / MB,
+        "planned_peak_mb": None if planned is None else planned / MB,
+        "compile_s": runner.compile_s,
+        "grad_error": mean(errors),
+    }
 
 
-def _time(runners: list[Runner], steps: int) -> dict[str, list[float]]:
-    """Seconds of each step, the policies in turn, so that a busy machine is shared fairly."""
-    seconds: dict[str, list[float]] = {runner.policy: [] for runner in runners}
-    for _ in range(steps):
-        for runner in runners:
-            seconds[runner.policy].append(runner.seconds())
-            runner.task.model.zero_grad(set_to_none=True)
-    return seconds
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _seconds(name: str, compiled: Callable[[], dict[str, Runner]]) -> float:
+    return compiled()[name].seconds()
 
 
 _COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -293,7 +262,7 @@ def _print(rows: dict[str, Row], about: dict[str, Any]) -> None:
     # Where the output is no terminal, rich takes 80 columns and would cut figures off.
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    console.print(describe(about["machine"]), highlight=False)
+    console.print(harness.describe(about["machine"]), highlight=False)
     seeds = ", ".join(str(seed) for seed in about["grad_seeds"])
     console.print(
         f"seed {about['seed']}; gradient seeds {seeds}; {about['steps']} timed steps each"

@@ -11,16 +11,16 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from rich.progress import Progress
 
 from fxcompress.choose import is_codable
 from fxcompress.codecs import codec
 from fxcompress.passes.capture import output_args
 from fxcompress.record import Recording, run_forward
-from fxcompress.tools import models
+from fxcompress.tools import harness, models, output
 from fxcompress.tools.feed import feed, recorded, train
 
 MB = 1e6
@@ -48,29 +48,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=64, help="image side, or sequence length")
     parser.add_argument("--data", type=Path, help="JPEG folders, or a text file for the GPT")
     parser.add_argument("--warm-steps", type=int, default=200, help="AdamW steps beforehand")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    harness.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, record a step, print the table and, with --json, one line of JSON."""
+    done = harness.results(args, "model", "batch", "size", "data", "warm_steps", "seed")
+    with harness.bars() as bars:
+        found = done.part("zeros", _found, args, bars)
+    rows = [Row(**row) for row in found["tensors"]]
+    columns = ("fp32_mb", "lossless_mb", "plain_4_bits_mb", "sparse_4_bits_mb")
+    total = {c: sum(getattr(row, c) for row in rows) for c in columns}
+    shown = [asdict(row) for row in sorted(rows, key=lambda r: -r.zeros)]
+    shown.append({"name": "all", "zeros": None, "has_mask": None, **total})
+    output.write_table(list(shown[0]), shown, f"{args.model}: exact zeros of saved tensors")
+    print(harness.describe(harness.machine()))
+    if args.json:
+        about = {"model": args.model, "seed": args.seed, "machine": harness.machine()}
+        print(json.dumps({"total": total, **found, **about}))
+    return 0
+
+
+def _found(args: argparse.Namespace, bars: Progress) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     task = models.load(args.model, args.batch, args.size)
     source, data = feed(task, args.data, args.batch, args.size, args.seed)
-    loss = train(source, args.warm_steps)
+    loss = train(source, args.warm_steps, bars=bars)
     rows = [row for recording in recorded(source, MIN_BYTES) for row in measure(recording)]
-    columns = ("fp32_mb", "lossless_mb", "plain_4_bits_mb", "sparse_4_bits_mb")
-    table = Table("tensor", "zeros", "mask", "fp32 MB", "lossless", "4 bits", "sparse 4 bits")
-    for row in sorted(rows, key=lambda r: -r.zeros):
-        sizes = (f"{getattr(row, c):.2f}" for c in columns)
-        table.add_row(row.name, f"{row.zeros:.1%}", "yes" if row.has_mask else "", *sizes)
-    total = {c: sum(getattr(row, c) for row in rows) for c in columns}
-    table.add_row("all", "", "", *(f"{total[c]:.2f}" for c in columns))
-    Console().print(table)
-    if args.json:
-        about = {"model": args.model, "data": data, "warm_loss": loss}
-        print(json.dumps({"total": total, "tensors": [asdict(r) for r in rows], **about}))
-    return 0
+    return {"tensors": rows, "data": data, "warm_loss": loss}
 
 
 def measure(recording: Recording) -> list[Row]:

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 import fxcompress
 from fxcompress.errors import SettingsError
 from fxcompress.tools import data, memory
-from fxcompress.tools.bench_step import MB, describe, machine
+from fxcompress.tools.harness import describe, machine
 
+MB = 1e6
 BUDGET_SHARE = 0.7
 """Default budget: this share of the peak measured with plain Inductor."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -99,12 +100,14 @@ def _characters(path: Path | None, vocabulary: int) -> tuple[Tensor, str]:
     return torch.tensor([numbers[c] for c in text]), name
 
 
-def train(next_task: Feed, steps: int, learning_rate: float = 1e-3) -> float:
+def train(
+    next_task: Feed, steps: int, learning_rate: float = 1e-3, bars: Progress | None = None
+) -> float:
     """Some plain AdamW steps, a fresh batch each; the mean loss of the last tenth."""
     task = next_task()
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=learning_rate)
     losses = []
-    for _ in range(steps):
+    for _ in bars.track(range(steps), description="training") if bars else range(steps):
         loss = next_task().forward()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

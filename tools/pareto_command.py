@@ -24,7 +24,7 @@ from fxcompress.plan import Plan
 from fxcompress.policies import policy
 from fxcompress.sensitivity import Measured, price, sensitivity
 from fxcompress.tools import models, output, plan_command, plots
-from fxcompress.tools.bench_noise import split_policies
+from fxcompress.tools.harness import split_policies
 from fxcompress.tools.models import Task
 
 EXAMPLES = """\
@@ -74,8 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, and plot with -o."""
-    names = [name.strip() for name in split_policies(args.policies)]
-    names = [name for name in names if name not in {"", "auto"}]  # auto is the curve
+    names = [name for name in split_policies(args.policies) if name != "auto"]  # auto is the curve
     for name in names:
         policy(name)  # refuses an unknown one before the work
     if args.points < 2:

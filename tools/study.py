@@ -31,8 +31,8 @@ from fxcompress.provenance import module_path
 from fxcompress.record import Recording, gradients
 from fxcompress.sensitivity import Measured, price, sensitivity
 from fxcompress.tools import models, output, plots
-from fxcompress.tools.bench_step import machine
 from fxcompress.tools.feed import feed, recorded, train
+from fxcompress.tools.harness import machine
 
 EXAMPLES = """\
 examples:
