@@ -3,7 +3,8 @@
 Min-cut saves both the input and the output of a GELU, both a convolution's output and the ReLU of
 its batch norm: it counts kernels, and reading either is as fast. Here the second one costs a
 payload, its encode and its decode, while rebuilding it fuses into the read of the first. Only steps
-that do not magnify an error are taken, so the rebuilt tensor is about as far off as its source.
+that do not magnify an error are taken, so the rebuilt tensor is about as far off as its source. A
+tensor that a mask tells all about (signs) is rebuilt from the mask.
 
 This runs before the analysis: comparisons of a rebuilt tensor show up as readers of its source and
 are hoisted like any other.
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from fxcompress import torch_private
@@ -88,7 +90,10 @@ def find_recipes(cut: Cut, min_bytes: int) -> list[Recipe]:
 
 
 def _recipe(saved: Saved, available: set[fx.Node], mutated: set[fx.Node]) -> Recipe | None:
-    """Steps back from the tensor to one large saved tensor and small values; None if too far."""
+    """Steps back from the tensor to one large saved tensor and small values; None if too far.
+
+    A mask will do for the large one, saved or not: it takes a bit where the tensor took a float.
+    """
     size = _numel(saved.forward)
     steps: dict[fx.Node, None] = {}
     sources: dict[fx.Node, None] = {}
@@ -102,7 +107,7 @@ def _recipe(saved: Saved, available: set[fx.Node], mutated: set[fx.Node]) -> Rec
             small = _numel(node) * SMALL <= size
             if node in mutated:
                 return None
-            if small or node in available:
+            if small or node in available or prop.value(node).dtype == torch.bool:
                 sources[node] = None
                 if not small:
                     large.add(node)

@@ -111,3 +111,17 @@ def test_check_refuses_what_it_cannot_judge() -> None:
         fxcompress.check(Blocks(), image(), seeds=1)
     with pytest.raises(fxcompress.FxCompressError, match="requires a gradient"):
         fxcompress.check(nn.ReLU(), image())
+
+
+def test_signs_are_rebuilt_from_their_mask() -> None:
+    """A float tensor that takes two values is saved as one bit an element."""
+
+    def step(x: Tensor) -> Tensor:
+        signs = 1 - 2 * (x @ weight <= 0).float()
+        return (signs @ weight).sin() @ weight * signs  # so far apart that min-cut saves it
+
+    weight = torch.randn(32, 32, requires_grad=True)
+    recorder = record(step, torch.randn(128, 32), policy="lossless")
+    assert "sub" in [s.name for s in recorder.before.saved]
+    kinds = representations(recorder)
+    assert (kinds["sub"], kinds["le"]) == ("recompute", "bits(bits=1)")

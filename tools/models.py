@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxcompress.errors import FxCompressError
+from fxcompress.nn import convert_mlps, convert_resnet
 from fxcompress.tools.model_names import near, suggestion
 
 SPECS = """\
@@ -23,6 +24,7 @@ torchvision:NAME   a torchvision classifier, 10 classes, random images of size x
 cifar:resnet20     the small ResNet of examples/resnet.py, for 32 x 32 images
 gpt:small          the GPT of examples/gpt.py, or gpt:tiny; size is the sequence length
 hf:NAME            transformers: a model type (gpt2, vit, ...) or a folder with config.json
+NAME-ara, NAME-asa any of these with the auxiliary activations of fxcompress.nn
 FILE.py:FUNCTION   FUNCTION(batch, size) -> (model, inputs, loss): a module, a tuple of its
                    arguments, and a function from its output to a scalar
 """
@@ -70,6 +72,7 @@ def load(spec: str, batch: int, size: int, device: str = "cpu") -> Task:
         raise _unknown(spec)
     if batch < 1 or size < 1:
         raise ModelError(f"--batch {batch} and --size {size} must be 1 or more")
+    name, auxiliary = _auxiliary(name)
     makers = {"torchvision": _torchvision, "cifar": _cifar, "gpt": _gpt, "hf": _huggingface}
     with torch.device(device):
         if kind in makers:
@@ -78,8 +81,17 @@ def load(spec: str, batch: int, size: int, device: str = "cpu") -> Task:
             task = _from_file(Path(kind), name, batch, size)
         else:
             raise _unknown(spec)
+    if auxiliary is not None:
+        auxiliary(task.model)
     task.model.train()
     return replace(task, name=spec)
+
+
+def _auxiliary(name: str) -> tuple[str, Callable[[nn.Module], nn.Module] | None]:
+    """The model's name, and what converts it if the name asks for auxiliary activations."""
+    bare, _, kind = name.rpartition("-")
+    convert = {"ara": convert_resnet, "asa": convert_mlps}.get(kind)
+    return (bare, convert) if bare and convert else (name, None)
 
 
 def _unknown(spec: str) -> ModelError:
