@@ -39,7 +39,7 @@ def exact_choice(candidate: Candidate) -> Choice:
         if not candidate.exact:
             return Choice(candidate, SHAPE, "readers look at its sizes only")
         return Choice(candidate, MASKS, "readers compare it only")
-    return Choice(candidate, KEEP, "read for its values")
+    return Choice(candidate, KEEP)
 
 
 def is_codable(candidate: Candidate) -> bool:

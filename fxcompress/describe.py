@@ -12,6 +12,7 @@ from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.rewrite import KEEP, Choice
 from fxcompress.plan import Alternative, Plan, TensorPlan
+from fxcompress.policies import policy
 from fxcompress.program import Option
 from fxcompress.provenance import module_path, source_line
 from fxcompress.settings import Settings
@@ -22,15 +23,16 @@ def describe(decision: Decision, plain: Baseline, settings: Settings) -> Plan:
     masks = mask_bytes(decision.choices)
     chosen = {c.candidate.name: c for c in decision.choices}
     before = {c.name: c.storage_bytes for c in plain.candidates}
+    kept = _why_kept(settings.policy)
     rows = [
-        _row(chosen[c.name], masks, c.storage_bytes, decision.ladders.get(c.name, ()))
+        _row(chosen[c.name], masks, c.storage_bytes, decision.ladders.get(c.name, ()), kept)
         if c.name in chosen
         else _rebuilt(c)
         for c in plain.candidates
     ]
     # Statistics that a recomputation needs are saved although plain Inductor does not.
     rows += [
-        _row(c, masks, 0, decision.ladders.get(name, ()))
+        _row(c, masks, 0, decision.ladders.get(name, ()), kept)
         for name, c in chosen.items()
         if name not in before
     ]
@@ -46,6 +48,13 @@ def describe(decision: Decision, plain: Baseline, settings: Settings) -> Plan:
         gap=decision.gap,
         slowdown=decision.slowdown,
     )
+
+
+def _why_kept(name: str) -> str:
+    """Of a tensor that could have been coded, and was not."""
+    if policy(name).solves:
+        return "the noise or time of coding it would outweigh its bytes under this bound"
+    return f"read for its values, which policy {name} leaves as they are"
 
 
 def _noise_of(choice: Choice, options: Sequence[Option]) -> float | None:
@@ -65,7 +74,11 @@ def _rebuilt(candidate: Candidate) -> TensorPlan:
 
 
 def _row(
-    choice: Choice, masks: dict[str, int], before: int, options: Sequence[Option] = ()
+    choice: Choice,
+    masks: dict[str, int],
+    before: int,
+    options: Sequence[Option] = (),
+    why_kept: str = "",
 ) -> TensorPlan:
     candidate = choice.candidate
     node, fake = candidate.saved.forward, candidate.fake
@@ -82,7 +95,7 @@ def _row(
         recompute=tuple(prop.op_name(n) for n in candidate.recompute),
         representation=choice.representation,
         bytes_after=bytes_of(choice, masks),
-        reason=choice.reason,
+        reason=choice.reason or (why_kept if choice.representation == KEEP else ""),
         predicted_variance=_noise_of(choice, options),
         alternatives=tuple(
             Alternative(o.choice.representation, bytes_of(o.choice, {}), o.noise) for o in options

@@ -141,7 +141,12 @@ def _efficient_gpu(*args: Any, scale: float | None = None) -> tuple[Tensor | Non
     return (*found, None)
 
 
+def _multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return a * b + c
+
+
 _STAND_INS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(torch_private.multiply_add_ops(), _multiply_add),
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_cpu,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_gpu,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_gpu,

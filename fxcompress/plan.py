@@ -119,6 +119,9 @@ class Plan:
         timeline: the modelled memory of the step, thinned out to some hundred moments.
         measured_saved_bytes, measured_peak_bytes: what a compiled step took, where one was run to
             see (`fxcompress plan --measure`).
+        measured: bytes alive at each moment of the timeline, measured on that step: its forward and
+            its backward each stretched to as many moments, by time. A node's exact place in it is
+            not known, for a compiled graph is no list of nodes.
         slowdown: estimated time that encoding and decoding add to a step, over that of the plain
             step (see fxcompress/costs.py); of several graphs, the largest. None if nobody asked.
         gap: how far, relatively, the plan may be from the best one; None where no solver chose, or
@@ -136,6 +139,7 @@ class Plan:
     timeline: tuple[Moment, ...] = ()
     measured_saved_bytes: int | None = None
     measured_peak_bytes: int | None = None
+    measured: tuple[int, ...] = ()
     gap: float | None = None
     slowdown: float | None = None
 
@@ -173,7 +177,8 @@ class Plan:
                 )
             moments = tuple(Moment(**row) for row in data.pop("timeline"))
             tensors = tuple(_tensor(row) for row in data.pop("tensors"))
-            return Plan(tensors=tensors, timeline=moments, **data)
+            measured = tuple(data.pop("measured", ()))
+            return Plan(tensors=tensors, timeline=moments, measured=measured, **data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FxCompressError(f"not a plan file: {error}") from error
 

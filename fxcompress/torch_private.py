@@ -19,24 +19,37 @@ log = logging.getLogger("fxcompress")
 # --- measuring (used by fxcompress.tools) -------------------------------------------------------
 
 
-def allocation_events(profile: torch.profiler.profile) -> list[tuple[int, int, torch.device]]:
-    """(pointer, bytes: negative when freed, device) of each allocator event, in time order.
+def allocation_events(
+    profile: torch.profiler.profile,
+) -> list[tuple[int, int, int, torch.device]]:
+    """(ns, pointer, bytes: negative when freed, device) of each allocator event, in time order.
 
     Uses `kineto_results.experimental_event_tree()` and `_EventType.Allocation` (2.11 to 2.15), as
     `torch/profiler/_memory_profiler.py` does: read there for the new names when they move.
     """
-    results = getattr(profile.profiler, "kineto_results", None)
-    if results is None:
-        raise RuntimeError("the profiler recorded nothing: use it as a context manager first")
-    events, stack = [], list(results.experimental_event_tree())
-    while stack:
-        node = stack.pop()
-        stack.extend(node.children)
+    events = []
+    for node in _profiled(profile):
         if node.tag == _EventType.Allocation:
             fields = node.typed[1]
             events.append((node.start_time_ns, fields.ptr, fields.alloc_size, fields.device))
-    events.sort(key=lambda event: event[0])
-    return [event[1:] for event in events]
+    return sorted(events, key=lambda event: event[0])
+
+
+def profiled_span(profile: torch.profiler.profile, name: str) -> tuple[int, int] | None:
+    """Start and end, ns, of the first `torch.profiler.record_function(name)`; None without one."""
+    spans = [(n.start_time_ns, n.end_time_ns) for n in _profiled(profile) if n.name == name]
+    return min(spans, default=None)
+
+
+def _profiled(profile: torch.profiler.profile) -> Iterator[Any]:
+    results = getattr(profile.profiler, "kineto_results", None)
+    if results is None:
+        raise RuntimeError("the profiler recorded nothing: use it as a context manager first")
+    stack = list(results.experimental_event_tree())
+    while stack:
+        node = stack.pop()
+        stack.extend(node.children)
+        yield node
 
 
 def saved_by_node(node: Any) -> list[torch.Tensor]:
@@ -235,6 +248,16 @@ def seeded_random_ops(
 
     prims = torch.ops.prims
     return {prims.inductor_random.default: random, prims.inductor_randint.default: randint}
+
+
+def multiply_add_ops() -> list[Any]:
+    """Inductor's ``a * b + c`` of one rounding, which has no derivative: in softmax's backward.
+
+    `torch.ops.prims.fma(a, b, c)` (2.0 to 2.15).
+    """
+    from torch._inductor import inductor_prims  # noqa: F401  (registers it)
+
+    return [torch.ops.prims.fma.default] if hasattr(torch.ops.prims, "fma") else []
 
 
 def fake_mode_of(value: torch.Tensor) -> AbstractContextManager[Any]:

@@ -283,3 +283,23 @@ def test_a_biased_transform_is_fitted_in_mid_compile() -> None:
     transforms = [codec(spec) for spec in found if spec.startswith("transform")]
     assert transforms
     assert not any(c.unbiased for c in transforms)
+
+
+def test_a_softmax_between_products_is_priced() -> None:
+    """Its backward multiplies and adds by an operator of Inductor's that has no derivative."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.value = nn.Linear(32, 64), nn.Linear(32, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.query(x).softmax(-1) * self.value(x)
+
+    torch.manual_seed(0)
+    recording = recorded(Mixed(), torch.randn(128, 32))
+    assert any("fma" in str(n.target) for n in recording.cut.backward.graph.nodes)
+    (found,) = evidence_of([recording]).graphs
+    prices = [p for evidence in found.tensors.values() for p in evidence.prices.values()]
+    assert prices
+    assert max(p.variance for p in prices) > 0

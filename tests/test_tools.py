@@ -41,7 +41,8 @@ def factory(tmp_path: Path) -> str:
 def test_replay_leaves_gradients_out():
     # Pointer 1 is reused: first for 100 transient bytes, then for a gradient of 60 (and 4 over).
     events = [(1, 100), (2, 50), (1, -100), (3, 30), (1, 64), (2, -50), (9, -7)]
-    assert memory.replay(events, {1: 60}) == (150, 30 + 4)
+    alive = memory.replay(events, {1: 60})
+    assert alive == [100, 150, 50, 80, 84, 34, 34]
 
 
 def test_peak_of_a_sum():
@@ -50,6 +51,25 @@ def test_peak_of_a_sum():
     found = memory.measure_step(lambda: (w * w).exp().sum(), [w])
     assert found.peak_bytes == 8000
     assert found.gradient_bytes == 0
+
+
+def test_the_curve_of_a_step_in_two_parts():
+    w = torch.randn(1000, requires_grad=True)
+
+    def step():
+        with memory.mark(0):
+            loss = (w * w).exp().sum()
+        with memory.mark(1):
+            loss.backward()
+
+    step()
+    found = memory.measure_step(step, [w])
+    curves = [found.sampled(part, 50) for part in range(2)]
+    assert max(map(max, curves)) == found.peak_bytes
+    assert curves[0][0] < 8000 == max(curves[0])
+    assert curves[0][-1] >= 4000  # exp's output is saved
+    assert curves[1][-1] < curves[1][0]  # and freed when its reader is done
+    assert found.spans[0][1] <= found.spans[1][0]
 
 
 def test_peak_of_linear_relu_linear():

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fxcompress.pareto import Point
 from fxcompress.plan import Alternative, Moment, Plan, TensorPlan
 from fxcompress.tools import cli, plan_command, viz_export, viz_graph, viz_html
 from fxcompress.tools.values import histograms
@@ -402,3 +403,50 @@ def test_zoom(page: Page):
     page.one("#out").click()
     page.one("#out").click()
     assert page.one("#drawing").size["width"] < width
+
+
+def test_measured_curve(browser: Any, tmp_path: Path):
+    measured = tuple(90_000 + 1000 * i for i in range(2 * LAYERS))
+    path = tmp_path / "measured.html"
+    path.write_text(viz_html.page(replace(PLAN, measured=measured), "title"))
+    browser.get(path.as_uri())
+    page = Page(browser)
+    names = [line.get_attribute("data-name") for line in page.all("#timeline polyline")]
+    assert [name.split(",")[0] for name in names] == ["all kept", "planned", "measured"]
+    ticks = page.text("#memory")
+    assert f"approximate {measured[-1] / 1e6:.2f} MB" in ticks
+    line = page.one("#timeline")
+    page.driver.execute_script("arguments[0].scrollIntoView()", line)
+    line.click()
+    assert f"{measured[LAYERS] / 1e6:.2f} MB measured" in page.text("#moment")
+    assert browser.get_log("browser") == []
+
+
+def test_slider_over_the_pareto_curve(browser: Any, tmp_path: Path):
+    def point(spec: str, share: int) -> Point:
+        tensors = tuple(
+            replace(t, representation=spec, bytes_after=t.storage_bytes // share)
+            if t.representation == "affine(bits=4)"
+            else t
+            for t in PLAN.tensors
+        )
+        plan = replace(PLAN, tensors=tensors)
+        return Point(10**6 // share, plan.saved_bytes, 1e-3 * share, 0.1, plan)
+
+    points = [point("affine(bits=2)", 16), point("affine(bits=8)", 4), point("keep", 1)]
+    path = tmp_path / "points.html"
+    path.write_text(viz_html.page(PLAN, "title", 2, points=points))
+    browser.get(path.as_uri())
+    page = Page(browser)
+    assert page.one("#slider").get_attribute("max") == "2"
+    found = []
+    for at, shown in enumerate(["bad: keep", "bad at 8 bits", "bad at 2 bits"]):
+        page.slide(at)
+        assert page.text("#rung").startswith(f"point {at + 1} of 3: planned peak")
+        found.append(float(re.search(r"peak ([\d.]+) MB", page.text("#rung"))[1]))
+        assert page.ribbon("bad").text.startswith(shown)
+        assert f"planned at point {at + 1}" in page.text("#memory")
+    assert found == [1.0, 0.25, 0.06]
+    page.one("#planned").click()
+    assert "at 4 bits" in page.ribbon("bad").text
+    assert browser.get_log("browser") == []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +24,30 @@ class StepMemory:
     """Gradients of parameters that the step made."""
     left_bytes: int
     """Alive when the step returned, gradients left out (for instance what the step returned)."""
+    live: tuple[tuple[int, int], ...] = ()
+    """(ns, bytes alive from then on) after each allocator event, gradients left out."""
+    spans: tuple[tuple[int, int], ...] = ()
+    """(first ns, last ns) of the step's parts that a `mark` surrounds, in order."""
+
+    def sampled(self, part: int, count: int) -> list[int]:
+        """Most bytes alive in each of `count` equal stretches of a part's time."""
+        first, last = self.spans[part]
+        edges = [first + (last - first) * i // count for i in range(count + 1)]
+        found, at, alive = [], 0, 0
+        for start, end in pairwise(edges):
+            while at < len(self.live) and self.live[at][0] < start:
+                alive, at = self.live[at][1], at + 1
+            most = alive
+            while at < len(self.live) and self.live[at][0] < end:
+                alive, at = self.live[at][1], at + 1
+                most = max(most, alive)
+            found.append(most)
+        return found
+
+
+def mark(part: int) -> AbstractContextManager[Any]:
+    """Surrounds a part of a step, as its forward (0) or backward (1), for `StepMemory.spans`."""
+    return torch.profiler.record_function(f"fxcompress part {part}")
 
 
 def measure_step(step: Callable[[], object], parameters: Iterable[Tensor]) -> StepMemory:
@@ -50,40 +76,42 @@ def measure_step(step: Callable[[], object], parameters: Iterable[Tensor]) -> St
     finally:
         for hook in hooks:
             hook.remove()
-    events = [
-        (pointer, size)
-        for pointer, size, where in torch_private.allocation_events(profile)
-        if where.type == device
-    ]
+    found = [e for e in torch_private.allocation_events(profile) if e[3].type == device]
     gradients: dict[int, int] = {}
     for gradient in [*arrived, *(p.grad for p in trained if p.grad is not None)]:
         storage = gradient.untyped_storage()
         gradients[storage.data_ptr()] = storage.nbytes()
-    peak, left = replay(events, gradients)
-    made = sum(p.grad.nbytes for p in trained if p.grad is not None)
-    return StepMemory(peak_bytes=peak, gradient_bytes=made, left_bytes=left)
+    alive = replay([(pointer, size) for _, pointer, size, _ in found], gradients)
+    spans = (torch_private.profiled_span(profile, f"fxcompress part {part}") for part in range(2))
+    return StepMemory(
+        peak_bytes=max(alive, default=0),
+        gradient_bytes=sum(p.grad.nbytes for p in trained if p.grad is not None),
+        left_bytes=alive[-1] if alive else 0,
+        live=tuple((event[0], total) for event, total in zip(found, alive, strict=True)),
+        spans=tuple(span for span in spans if span is not None),
+    )
 
 
-def replay(events: Iterable[tuple[int, int]], gradients: dict[int, int]) -> tuple[int, int]:
-    """(peak, final) of the running sum over (pointer, bytes: negative when freed) events.
+def replay(events: Sequence[tuple[int, int]], gradients: dict[int, int]) -> list[int]:
+    """The running sum over (pointer, bytes: negative when freed) events.
 
     `gradients` says how many bytes of the *last* allocation at a pointer are gradients.
     """
-    events = list(events)
     last = {pointer: index for index, (pointer, size) in enumerate(events) if size > 0}
     live: dict[int, int] = {}
-    total = peak = 0
+    total = 0
+    totals = []
     for index, (pointer, size) in enumerate(events):
         if size > 0:
             if last[pointer] == index:
                 size -= min(size, gradients.get(pointer, 0))
             live[pointer] = size
             total += size
-            peak = max(peak, total)
         else:
             # Our own record of the size: what was allocated before the window is not in it.
             total -= live.pop(pointer, 0)
-    return peak, total
+        totals.append(total)
+    return totals
 
 
 @dataclass(frozen=True)

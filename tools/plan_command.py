@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from fxcompress.record import Recorder, Recording, record
 from fxcompress.settings import Settings
 from fxcompress.settings import make as settings_of
 from fxcompress.tools import models
-from fxcompress.tools.memory import measure_saved, measure_step
+from fxcompress.tools.memory import mark, measure_saved, measure_step
 from fxcompress.tools.models import Task
 from fxcompress.tools.output import console, show
 
@@ -185,16 +186,24 @@ def _measured(plan: Plan, task: Task, wanted: Settings) -> Plan:
     compiled = torch.compile(task.model, backend=Backend(wanted))
 
     def step() -> None:
-        task.forward(compiled).backward()
+        with mark(0):
+            loss = task.forward(compiled)
+        with mark(1):
+            loss.backward()
 
     step()
     step()  # Inductor allocates more on a first call
-    peak = measure_step(step, task.model.parameters())
+    found = measure_step(step, task.model.parameters())
     saved = measure_saved(task.forward(compiled), task.held())
+    forward = sum(moment.phase == "forward" for moment in plan.timeline)
+    counts = (forward, len(plan.timeline) - forward)
+    # A plan of several graphs has the timeline of one: nothing says where it lies in the step.
+    curve = [found.sampled(part, counts[part]) for part in range(2)] if plan.graphs == 1 else []
     return replace(
         plan,
         measured_saved_bytes=saved.activation_bytes,
-        measured_peak_bytes=peak.peak_bytes,
+        measured_peak_bytes=found.peak_bytes,
+        measured=tuple(chain.from_iterable(curve)),
     )
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import graphviz
+from rich.console import Console
 
+from fxcompress.calibrate import evidence_of
 from fxcompress.errors import FxCompressError
+from fxcompress.pareto import Point, pareto
 from fxcompress.plan import Plan
+from fxcompress.record import Recording
 from fxcompress.tools import plan_command, viz_export, viz_graph, viz_html
+from fxcompress.tools.models import Task
 from fxcompress.tools.values import histograms
 
 EXAMPLES = """\
 examples:
   fxcompress viz gpt:small --batch 16 --size 256 --budget-mb 100 -o gpt.html
-  fxcompress viz torchvision:resnet18 --ratio-saved 8 --values -o resnet.html
+  fxcompress viz torchvision:resnet18 --ratio-saved 8 --values --points 12 --measure -o resnet.html
   fxcompress viz plan.json -o plan.svg --depth 2
   fxcompress viz plan.json -o plan.dot
   fxcompress viz plan.json -o plan.graph.json  # a graph for Google's Model Explorer
@@ -44,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="for a MODEL's .html: histograms of each tensor's values and quantization error",
     )
+    parser.add_argument(
+        "--points",
+        type=int,
+        metavar="N",
+        help="for a MODEL's .html: N plans of the Pareto curve for the slider to go through, not\n"
+        "an estimate from the alternatives of one plan",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,17 +68,27 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.depth is not None and args.depth < 1:
         raise FxCompressError(f"--depth {args.depth} must be 1 or more")
-    if args.values and (endings[0] != ".html" or args.source.endswith(".json")):
-        raise FxCompressError("--values needs a MODEL, to have values, and -o FILE.html")
+    wants_model = [f"--{n}" for n in ("values", "points") if getattr(args, n)]
+    if wants_model and (endings[0] != ".html" or args.source.endswith(".json")):
+        raise FxCompressError(f"{wants_model[0]} needs a MODEL, to run it, and -o FILE.html")
     plan, title = plan_command.plan_of(args), Path(args.source).name
-    if args.values:
+    if wants_model:
         task = plan_command.task_of(args.source, args.batch, args.size, args.seed)
-        shown = histograms(plan, plan_command.recorded(task))
-        text = viz_html.page(plan, title, args.depth, shown)
+        recordings = plan_command.recorded(task)
+        shown = histograms(plan, recordings) if args.values else None
+        points = _points(task, recordings, args.points) if args.points else []
+        text = viz_html.page(plan, title, args.depth, shown, points)
     else:
         text = WRITERS[endings[0]](plan, title, args.depth)
     plan_command.save(args.output, text)
     return 0
+
+
+def _points(task: Task, recordings: Sequence[Recording], count: int) -> list[Point]:
+    """The Pareto curve on the batch that was recorded."""
+    batch: Any = dict(task.keywords) or task.inputs
+    with Console(stderr=True).status("planning the curve"):
+        return pareto(task.model, batch, points=count, calibration=evidence_of(recordings))
 
 
 def svg(plan: Plan, title: str, depth: int | None) -> str:

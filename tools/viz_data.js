@@ -4,6 +4,9 @@
 //   recompute, rep, kind, numel, variance, share, reason, masked, alive ([first, last] moment that
 //   holds it, or null), alts ([index into DATA.specs, bytes, noise, kind], least noise first),
 //   histograms ({title, low, high, counts}; none unless made with --values).
+// DATA.points[k]: a plan of the Pareto curve, from the highest peak down: peak, saved (bytes),
+//   variance, overhead, planned (bytes at each moment), and for each tensor its fate: [index into
+//   DATA.specs, bytes, noise, kind]. Empty unless made with --points.
 // DATA.tree: path, label, tensors (positions), children, members (the layers folded into it).
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
@@ -19,6 +22,7 @@ const state = {
   depth: DATA.depth,
   opened: new Map(), // path -> "children", "members" or "closed": clicked, against the depth
   chosen: null, // position of a tensor
+  rung: null, // where the slider stands; null: the plan
   query: "",
   zoom: 1,
   sort: { column: null, down: true },
@@ -125,10 +129,15 @@ function walk() {
   return totals;
 }
 
-const ladder = moves.length ? walk() : [];
+// What the slider goes through: plans of the Pareto curve, or rungs of the ladder.
+const hasPoints = DATA.points.length > 1;
+const ladder = hasPoints ? DATA.points.map((p) => [p.peak, p.variance]) : moves.length ? walk() : [];
 
-// Show rung k of the ladder, or the plan itself for null.
+// Show rung k, or the plan itself for null.
 function stand(k) {
+  state.rung = k;
   DATA.tensors.forEach((t, i) => (now[i] = fateOf(t)));
-  if (k !== null) moves.slice(0, starts + k).forEach((m) => (now[m.i] = fateUnder(m)));
+  if (k !== null && hasPoints)
+    DATA.points[k].fates.forEach(([spec, after, noise, kind], i) => (now[i] = { rep: DATA.specs[spec], kind, after, noise }));
+  else if (k !== null) moves.slice(0, starts + k).forEach((m) => (now[m.i] = fateUnder(m)));
 }

@@ -68,6 +68,8 @@ def perfetto(plan: Plan) -> str:
     ]
     for at, moment in enumerate(plan.timeline):
         live = {"planned": moment.planned_bytes, "all kept": moment.plain_bytes}
+        if plan.measured:
+            live["measured (by time)"] = plan.measured[at]
         events += [
             {"ph": "C", "pid": 1, "ts": at, "name": f"live bytes, {name}", "args": {"bytes": size}}
             for name, size in live.items()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from fxcompress.pareto import Point
 from fxcompress.plan import Plan, TensorPlan
 from fxcompress.tools.dump import readers, share
 from fxcompress.tools.viz_tree import (
@@ -26,7 +27,11 @@ Histograms = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def page(
-    plan: Plan, title: str, depth: int | None = None, histograms: Histograms | None = None
+    plan: Plan,
+    title: str,
+    depth: int | None = None,
+    histograms: Histograms | None = None,
+    points: Sequence[Point] = (),
 ) -> str:
     """The whole file as text.
 
@@ -35,8 +40,10 @@ def page(
         title: name of the model or file.
         depth: of modules in the first view; None: as deep as stays readable.
         histograms: by tensor name, from :func:`fxcompress.tools.values.histograms`.
+        points: what the slider goes through, from :func:`fxcompress.pareto`; without them it walks
+            down the alternatives of ``plan``, an estimate.
     """
-    data = json.dumps(payload(plan, title, depth, histograms), separators=(",", ":"))
+    data = json.dumps(payload(plan, title, depth, histograms, points), separators=(",", ":"))
     folder = files("fxcompress.tools")
     parts = {
         "STYLE": folder.joinpath("viz.css").read_text("utf-8"),
@@ -51,7 +58,11 @@ def page(
 
 
 def payload(
-    plan: Plan, title: str, depth: int | None = None, histograms: Histograms | None = None
+    plan: Plan,
+    title: str,
+    depth: int | None = None,
+    histograms: Histograms | None = None,
+    points: Sequence[Point] = (),
 ) -> dict[str, Any]:
     """What the page's scripts read; see viz_data.js."""
     root = module_tree(plan)
@@ -59,6 +70,8 @@ def payload(
     tensors = [_tensor(t, plan.predicted_variance, specs) for t in plan.tensors]
     for tensor in tensors:
         tensor["histograms"] = (histograms or {}).get(tensor["name"], [])
+    curve = sorted(points, key=lambda point: -point.peak_bytes)
+    stands = [_point(point, plan, specs) for point in curve]
     return {
         "title": title,
         "depth": readable_depth(root) if depth is None else depth,
@@ -83,13 +96,36 @@ def payload(
         "specs": list(specs),
         "tensors": tensors,
         "tree": _module(root),
+        "points": stands,
         "timeline": {
             "nodes": [m.node for m in plan.timeline],
             "modules": [m.module for m in plan.timeline],
             "forward": sum(m.phase == "forward" for m in plan.timeline),
             "plain": [m.plain_bytes for m in plan.timeline],
             "planned": [m.planned_bytes for m in plan.timeline],
+            "measured": plan.measured,
         },
+    }
+
+
+def _point(point: Point, plan: Plan, specs: dict[str, int]) -> dict[str, Any]:
+    """A plan of the curve: for each tensor of the page [index into specs, bytes, noise, kind]."""
+    own = {tensor.name: tensor for tensor in point.plan.tensors}
+    return {
+        "peak": point.peak_bytes,
+        "saved": point.saved_bytes,
+        "variance": point.variance,
+        "overhead": point.overhead,
+        "planned": [m.planned_bytes for m in point.plan.timeline],
+        "fates": [
+            [
+                specs.setdefault(t.representation, len(specs)),
+                t.bytes_after,
+                t.predicted_variance or 0.0,
+                tensor_kind(t),
+            ]
+            for t in (own.get(shown.name, shown) for shown in plan.tensors)
+        ],
     }
 
 

@@ -19,7 +19,7 @@ function drawHeader() {
     ["peak, measured", plan.measured_peak === null ? "not run" : mb(plan.measured_peak)],
     [`gradient variance, ${plan.calibrated ? "measured" : "guessed"}`, varianceText()],
   ];
-  if (plan.slowdown !== null) cards.push(["step takes longer by", `about ${percent(plan.slowdown)}`]);
+  if (plan.slowdown !== null) cards.push(["step longer by, estimated", percent(plan.slowdown)]);
   if (plan.gap !== null) cards.push(["best plan is better by", `at most ${percent(plan.gap)}`]);
   if (plan.graphs > 1) cards.push(["graphs", plan.graphs]);
   byId("cards").replaceChildren(
@@ -143,36 +143,47 @@ function showList(title, tensors) {
 const TIME = { width: 1000, height: 190 };
 let moment = null;
 
+// The curves of the timeline: [bytes at each moment, name, colour].
+function curves() {
+  const { plain, planned, measured } = DATA.timeline;
+  const isPoint = hasPoints && state.rung !== null;
+  const shown = [[plain, "all kept, cheap ones rebuilt", "var(--plain)"]];
+  shown.push([planned, "planned", isPoint ? "var(--faint)" : "var(--mark)"]);
+  if (isPoint) shown.push([DATA.points[state.rung].planned, `planned at point ${state.rung + 1}`, "var(--mark)"]);
+  if (measured.length) shown.push([measured, "measured, by time in either pass: places are approximate", "var(--measured)"]);
+  return shown.filter(([values]) => values.length > 0);
+}
+
 function drawTimeline() {
-  const { plain, planned, nodes, forward } = DATA.timeline;
+  const { plain, nodes, forward } = DATA.timeline;
   const box = byId("timeline");
   if (!nodes.length) {
     box.replaceChildren();
     byId("moment").textContent = "no plan of memory: nothing was changed";
     return;
   }
+  const shown = curves();
   const budget = DATA.plan.budget_mb === null ? 0 : DATA.plan.budget_mb * 1e6;
-  const measured = DATA.plan.measured_peak ?? 0;
-  const top = 1.06 * Math.max(...plain, ...planned, measured, budget <= 2 * Math.max(...plain) ? budget : 0);
-  const x = (k) => (TIME.width * k) / Math.max(nodes.length - 1, 1);
+  const peak = DATA.timeline.measured.length ? 0 : (DATA.plan.measured_peak ?? 0); // the curve has it
+  const highest = Math.max(...shown.map(([values]) => Math.max(...values)), peak);
+  const top = 1.06 * Math.max(highest, budget <= 2 * Math.max(...plain) ? budget : 0);
+  const x = (k, count = nodes.length) => (TIME.width * k) / Math.max(count - 1, 1);
   const y = (bytes) => TIME.height * (1 - bytes / top);
   const level = (bytes, name, dash) => drawn("line", { class: `scale ${name}`, x1: 0, x2: TIME.width, y1: y(bytes), y2: y(bytes), "stroke-dasharray": dash });
-  const curve = (values, stroke) => drawn("polyline", { stroke, points: values.map((v, k) => `${x(k).toFixed(1)},${y(v).toFixed(1)}`).join(" ") });
+  const line = ([values, name, stroke]) =>
+    drawn("polyline", { stroke, "data-name": name, points: values.map((v, k) => `${x(k, values.length).toFixed(1)},${y(v).toFixed(1)}`).join(" ") });
   const parts = [];
   const alive = state.chosen === null ? null : DATA.tensors[state.chosen].alive;
   if (alive) parts.push(drawn("rect", { class: "alive", x: x(alive[0]), width: Math.max(x(alive[1]) - x(alive[0]), 2), y: 0, height: TIME.height, fill: colour(now[state.chosen].kind) }));
   parts.push(drawn("line", { class: "scale", x1: x(forward - 0.5), x2: x(forward - 0.5), y1: 0, y2: TIME.height }));
   if (budget && budget < top) parts.push(level(budget, "budget", "6 4"));
-  if (measured) parts.push(level(measured, "measured", "2 3"));
-  parts.push(curve(plain, "var(--plain)"), curve(planned, "var(--mark)"));
+  if (peak) parts.push(level(peak, "measured", "2 3"));
+  parts.push(...shown.map(line));
   if (moment !== null) parts.push(drawn("line", { class: "cursor", x1: x(moment), x2: x(moment), y1: 0, y2: TIME.height }));
   box.replaceChildren(...parts);
-  const marks = [
-    [plain, "all kept, cheap ones rebuilt", "var(--plain)"],
-    [planned, "planned", "var(--mark)"],
-  ].map(([values, name, tint]) => [y(Math.max(...values)), `${name} ${megabytes(Math.max(...values))} MB`, tint]);
+  const marks = shown.map(([values, name, tint]) => [y(Math.max(...values)), `${name} ${megabytes(Math.max(...values))} MB`, tint]);
   if (budget && budget < top) marks.push([y(budget), `budget ${DATA.plan.budget_mb} MB`, "var(--faint)"]);
-  if (measured) marks.push([y(measured), `measured peak ${megabytes(measured)} MB`, "var(--faint)"]);
+  if (peak) marks.push([y(peak), `measured peak ${megabytes(peak)} MB`, "var(--faint)"]);
   drawTicks(box, marks);
 }
 
@@ -192,10 +203,10 @@ function pointAtMoment(event) {
   if (last < 0) return;
   const at = Math.round((last * (event.clientX - box.left)) / box.width);
   moment = Math.min(Math.max(at, 0), last);
-  const { nodes, modules, plain, planned, forward } = DATA.timeline;
+  const { nodes, modules, plain, planned, measured, forward } = DATA.timeline;
   const phase = moment < forward ? "forward" : "backward";
   const place = modules[moment] ? ` in ${modules[moment]}` : "";
-  byId("moment").textContent = `${phase}, ${nodes[moment]}${place}: ${megabytes(planned[moment])} MB planned, ${megabytes(plain[moment])} MB all kept`;
+  byId("moment").textContent = `${phase}, ${nodes[moment]}${place}: ${megabytes(planned[moment])} MB planned, ${megabytes(plain[moment])} MB all kept${measured.length ? `, about ${megabytes(measured[moment])} MB measured` : ""}`;
   drawTimeline();
 }
 
@@ -222,25 +233,30 @@ function drawLadder(k = null) {
     return;
   }
   slider.max = ladder.length - 1;
-  const plan = [DATA.plan.after, DATA.plan.variance];
+  if (hasPoints) byId("about-ladder").textContent = "plans of the Pareto curve, from plain Inductor's peak to the lowest; noise as the planner prices it";
+  const size = hasPoints ? "planned peak" : "saved";
+  const plan = [hasPoints ? DATA.plan.planned_peak : DATA.plan.after, DATA.plan.variance];
   if (k === null) slider.value = nearestRung(plan[0]);
   const [bytes, noise] = k === null ? plan : ladder[k];
-  const which = k === null ? "the plan" : `rung ${k} of ${ladder.length - 1}, an estimate`;
-  byId("rung").textContent = `${which}: saved ${megabytes(bytes)} MB, gradient variance ${k === null ? varianceText() : small(noise)}`;
+  const which = k === null ? "the plan" : hasPoints ? `point ${k + 1} of ${ladder.length}` : `rung ${k} of ${ladder.length - 1}, an estimate`;
+  const more = k !== null && hasPoints ? `, saved ${megabytes(DATA.points[k].saved)} MB, step longer by about ${percent(DATA.points[k].overhead)}` : "";
+  byId("rung").textContent = `${which}: ${size} ${megabytes(bytes)} MB, gradient variance ${k === null ? varianceText() : small(noise)}${more}`;
   const shown = ladder.filter(([, n]) => n > 0);
   const logs = [...shown, plan].filter(([, n]) => n > 0).map(([, n]) => Math.log10(Math.max(n, 1e-12)));
-  const low = Math.min(...logs), high = Math.max(...logs), most = ladder[0][0];
+  const low = Math.min(...logs), high = Math.max(...logs), most = Math.max(ladder[0][0], plan[0]);
   const x = (b) => (1000 * b) / most;
-  const y = (n) => 190 - (180 * (Math.log10(Math.max(n, 1e-12)) - low)) / Math.max(high - low, 1e-9);
+  // No logarithm has a place for 0: what is exact stands at the bottom, below all that is not.
+  const y = (n) => (n > 0 ? 180 - (170 * (Math.log10(Math.max(n, 1e-12)) - low)) / Math.max(high - low, 1e-9) : 194);
   const at = (b, n, tint) => drawn("line", { x1: x(b), x2: x(b), y1: y(n) - 6, y2: y(n) + 6, stroke: tint, "stroke-width": 4, "vector-effect": "non-scaling-stroke" });
   byId("curve").replaceChildren(
     drawn("polyline", { stroke: "var(--mark)", points: shown.map(([b, n]) => `${x(b).toFixed(1)},${y(n).toFixed(1)}`).join(" ") }),
+    ...(hasPoints ? ladder.map(([b, n]) => at(b, n, "var(--mark)")) : []),
     ...(plan[1] > 0 ? [at(plan[0], plan[1], "var(--plain)")] : []),
     ...(k === null ? [] : [at(bytes, noise, "var(--ink)")]),
   );
   drawTicks(byId("curve"), [
     [2, `variance ${small(10 ** high)}`, "var(--faint)"],
-    [178, `variance ${small(10 ** low)}; saved bytes from 0 to ${megabytes(most)} MB${plan[1] > 0 ? "; the plan in orange" : ""}`, "var(--faint)"],
+    [178, `variance ${small(10 ** low)}; ${size} bytes from 0 to ${megabytes(most)} MB${plan[1] > 0 ? "; the plan in orange" : ""}${hasPoints ? "; exact ones at the bottom" : ""}`, "var(--faint)"],
   ]);
 }
 
