@@ -34,7 +34,7 @@ examples:
   fxcompress pareto gpt:small --format json | jq '.rows[] | select(.variance < 0.01)'
 """
 
-SEEDS = "lossless,uniform4,uniform2,fp8,actnn-l3,gact-l1.2,aq-1.2,alam,division,thesis-stoch"
+SEEDS = "lossless,uniform4,uniform2,fp8,actnn-l3,gact-l1.2,aq-1.25,alam,division,thesis-stoch"
 _EXACT = {"keep", "masks", "shape", "recompute"}
 
 
