@@ -12,7 +12,8 @@ same measurements, and so finds the same compiled graph in the cache.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,64 +73,140 @@ def _is_trained(inputs: Sequence[Any]) -> bool:
 def _measured(
     module: fx.GraphModule, inputs: Sequence[Any], settings: Settings
 ) -> Calibration | None:
-    smaller = part_of_batch(module, inputs, PART)
-    if smaller is None and settings.budget_bytes is not None:
-        log.info("the batch cannot be taken in part; call fxcompress.calibrate on a smaller one")
-        return None
-    part, arguments = smaller or (torch_private.copy_dynamo_graph(module), list(inputs))
-    arguments = [
-        x.detach().requires_grad_() if x.requires_grad else x.detach().clone() for x in arguments
-    ]
-    recorder = Recorder(settings.min_bytes, settings.inner)
-    with torch.random.fork_rng():
-        run = recorder(part, arguments)
-        outputs = [
-            y for y in torch.utils._pytree.tree_leaves(run(*arguments)) if _is_differentiable(y)
-        ]
-        leaves = [x for x in arguments if x.requires_grad]
-        # A loss outside the graph sends gradients we cannot know yet: random directions.
-        seeds = [torch.ones_like(y) if y.numel() == 1 else _signs(y) for y in outputs]
-        torch.autograd.grad(outputs, leaves, seeds, allow_unused=True)
-        recordings = recorder.recordings()
-        need = HELD * sum(r.plain_saved_bytes for r in recordings)
-        if settings.budget_bytes is not None and need > settings.budget_bytes:
-            log.info("the budget leaves no room to calibrate; see fxcompress.calibrate")
+    slices = slices_of_batch(module, inputs, PART)
+    if slices is None:
+        if settings.budget_bytes is not None:
+            log.info("the batch cannot be taken in part; give fxcompress.calibrate a smaller one")
             return None
-        return evidence_of(recordings, group=settings.group)
+        slices = slices_of_batch(module, inputs, 1)
+    assert slices is not None
+    return measured_on(slices, settings)
 
 
-def part_of_batch(
-    module: fx.GraphModule, inputs: Sequence[Any], part: int
-) -> tuple[fx.GraphModule, list[Tensor]] | None:
-    """The graph and its inputs for a fraction of the batch; None where the graph resists.
+@dataclass(frozen=True)
+class Slices:
+    """Parts of one batch.
+
+    Attributes:
+        graph: the Dynamo graph for their size.
+        size: samples in each.
+        share: of the batch in each.
+        arguments: inputs of the graph, for each part.
+    """
+
+    graph: fx.GraphModule
+    size: int
+    share: float
+    arguments: tuple[list[Tensor], ...]
+
+
+def slices_of_batch(
+    module: fx.GraphModule, inputs: Sequence[Any], parts: int, most: int = 1
+) -> Slices | None:
+    """The first ``most`` of so many parts of the batch; None where the graph resists.
 
     The batch is the common first size of the inputs that need no gradient. Where the graph has that
     number written into views and the like, it is replaced there too.
     """
+    if parts == 1:
+        return Slices(torch_private.copy_dynamo_graph(module), 0, 1.0, (list(inputs),))
     data = [x for x in inputs if not x.requires_grad and x.dim() > 0]
     sizes = {x.shape[0] for x in data}
     for batch in sorted(sizes, reverse=True):
-        fewer = max(2, batch // part)
+        fewer = max(2, batch // parts)
         if fewer >= batch:
             continue
-        arguments = [
-            x[:fewer].clone() if not x.requires_grad and x.dim() and x.shape[0] == batch else x
-            for x in inputs
-        ]
-        for graph in (module, _renumbered(module, batch, fewer)):
-            if _runs(graph, arguments):
-                return torch_private.copy_dynamo_graph(graph), arguments
+        arguments = tuple(
+            [x[start : start + fewer] if _has_first(x, batch) else x for x in inputs]
+            for start in range(0, batch - fewer + 1, fewer)[:most]
+        )
+        for graph in _for_fewer(module, batch, fewer):
+            if _runs(graph, arguments[0]):
+                return Slices(
+                    torch_private.copy_dynamo_graph(graph), fewer, fewer / batch, arguments
+                )
     return None
 
 
-def _renumbered(module: fx.GraphModule, batch: int, fewer: int) -> fx.GraphModule:
-    """The graph with multiples of the batch size among its sizes replaced."""
-    changed = torch_private.copy_dynamo_graph(module)
-    for node in changed.graph.nodes:
-        if node.op in {"call_method", "call_function"}:
-            node.args = fx.node.map_aggregate(node.args, lambda a: _scaled(a, batch, fewer))
-    changed.recompile()
-    return changed
+def measured_on(
+    slices: Slices,
+    settings: Settings,
+    gradients: Mapping[int, Tensor] | None = None,
+    used: Mapping[str, str] | None = None,
+) -> Calibration | None:
+    """The calibration that these parts of a batch give; None where the budget leaves no room.
+
+    Args:
+        gradients: of the graph's outputs for the whole batch, by position. A loss outside the graph
+            sends gradients that cannot be known before the first step: random directions.
+        used: see :func:`fxcompress.calibrate.evidence_of`.
+    """
+    # What is small in a part is what is small in the batch: else other tensors are rebuilt.
+    recorder = Recorder(int(settings.min_bytes * slices.share), settings.inner)
+    recorded = []
+    with torch.random.fork_rng():
+        run = None
+        for i, part in enumerate(slices.arguments):
+            arguments = [_own(x) for x in part]
+            run = recorder(slices.graph, arguments) if run is None else run
+            leaves = [x for x in arguments if x.requires_grad]
+            outputs = {
+                at: y
+                for at, y in enumerate(torch.utils._pytree.tree_leaves(run(*arguments)))
+                if isinstance(y, Tensor) and y.requires_grad
+            }
+            start = i * slices.size
+            seeds = [_seed((gradients or {}).get(at), y, start) for at, y in outputs.items()]
+            torch.autograd.grad(list(outputs.values()), leaves, seeds, allow_unused=True)
+            recorded.append(recorder.recordings())
+            need = HELD * sum(r.plain_saved_bytes for r in recorded[0])
+            if settings.budget_bytes is not None and need > settings.budget_bytes:
+                log.info("the budget leaves no room to calibrate; see fxcompress.calibrate")
+                return None
+        return evidence_of(*recorded, group=settings.group, used=used)
+
+
+def _own(x: Tensor) -> Tensor:
+    """An input that a run may change, without the history of the user's."""
+    if isinstance(x, torch.nn.Parameter) and not x.requires_grad:
+        return x  # a frozen weight, which no model changes: a copy could be most of the memory
+    return x.detach().requires_grad_() if x.requires_grad else x.detach().clone()
+
+
+def _has_first(x: Tensor, size: int) -> bool:
+    return not x.requires_grad and x.dim() > 0 and x.shape[0] == size
+
+
+def _seed(gradient: Tensor | None, y: Tensor, start: int) -> Tensor:
+    """What to start the backward of a part of the batch with."""
+    if gradient is not None and gradient.shape == y.shape:
+        return gradient
+    if gradient is not None and y.dim() > 0 and gradient.shape[1:] == y.shape[1:]:
+        return gradient[start : start + y.shape[0]]
+    return torch.ones_like(y) if y.numel() == 1 else _signs(y)
+
+
+_RESHAPES = frozenset({"view", "reshape", "expand", "repeat"})
+
+
+def _for_fewer(module: fx.GraphModule, batch: int, fewer: int) -> Iterator[fx.GraphModule]:
+    """Guesses at the graph for a smaller batch: as it is, then with multiples of the batch size
+    replaced where a shape begins, then wherever they stand. Other sizes may be multiples too."""
+    yield module
+    for is_first_only in (True, False):
+        changed = torch_private.copy_dynamo_graph(module)
+        for node in changed.graph.nodes:
+            if node.op not in {"call_method", "call_function"}:
+                continue
+            if not is_first_only:
+                node.args = fx.node.map_aggregate(node.args, lambda a: _scaled(a, batch, fewer))
+            elif node.target in _RESHAPES and len(node.args) > 1:
+                tensor, first, *rest = node.args
+                if isinstance(first, tuple | list) and first:
+                    first = type(first)([_scaled(first[0], batch, fewer), *first[1:]])
+                node.args = (tensor, _scaled(first, batch, fewer), *rest)
+        changed.recompile()
+        yield changed
 
 
 def _scaled(argument: Any, batch: int, fewer: int) -> Any:
@@ -142,16 +219,12 @@ def _scaled(argument: Any, batch: int, fewer: int) -> Any:
 def _runs(module: fx.GraphModule, arguments: Sequence[Tensor]) -> bool:
     """The graph runs on tensors of these shapes, and its outputs depend on the smaller batch."""
     try:
-        with torch_private.new_fake_mode() as mode:
+        with torch_private.new_fake_mode() as mode, torch_private.fake_errors_unlogged():
             module(*[mode.from_tensor(x) for x in arguments])
     except Exception as error:
         log.debug("not on a part of the batch: %s", error)
         return False
     return True
-
-
-def _is_differentiable(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _signs(like: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from fxcompress import report, rng, torch_private
 from fxcompress.automatic import automatic
 from fxcompress.errors import FxCompressError
 from fxcompress.ledger import Ledger
-from fxcompress.pipeline import Partitioner
+from fxcompress.pipeline import Partitioner, Planned
 from fxcompress.plan import Plan, merge
 from fxcompress.policies import policy
+from fxcompress.replan import Replanner
 from fxcompress.settings import Settings, make, split_options, update
 
 log = logging.getLogger("fxcompress")
@@ -56,15 +57,44 @@ class Backend:
             return _refusal(error)
         if settings.seed is not None:
             rng.manual_seed(settings.seed)
+        again_wanted = settings.replan_every is not None and all(
+            isinstance(x, torch.Tensor) for x in inputs
+        )
+        kept = torch_private.copy_dynamo_graph(module) if again_wanted else module
+        compiled, planned = self._compile(module, inputs, settings, mode, patches)
+        if planned is None or not again_wanted:
+            return compiled
+        context = torch_private.compile_under_way()
+
+        def again(
+            settings: Settings, inputs: Sequence[Any], old: Planned
+        ) -> tuple[Callable[..., Any], Planned | None]:
+            self.plans.pop(old.plan.key(), None)
+            with torch_private.resumed(context):
+                fresh = torch_private.copy_dynamo_graph(kept)
+                return self._compile(fresh, inputs, settings, mode, patches)
+
+        return _replanned(compiled, Replanner(kept, self.partitioner.settings, planned, again))
+
+    def _compile(
+        self,
+        module: torch.fx.GraphModule,
+        inputs: Sequence[Any],
+        settings: Settings,
+        mode: str | None,
+        patches: dict[str, Any],
+    ) -> tuple[Callable[..., Any], Planned | None]:
+        """(what runs, what was decided if that is to be made again)."""
         frame, ledger = torch_private.frame_id(), self.partitioner.ledger
-        name = report.graph_key(module, inputs, Partitioner(settings, ledger).uuid())
+        name = report.graph_key(module, inputs, Partitioner(settings, ledger).key())
         calibration = automatic(module, inputs, settings, name)
         if calibration is not None:
             settings = replace(settings, calibration=calibration)
         if settings != self.partitioner.settings:
             self.partitioner = Partitioner(settings, ledger)
-        graph = report.graph_key(module, inputs, self.partitioner.uuid())
+        graph = report.graph_key(module, inputs, self.partitioner.key())
         self.partitioner.plans.clear()
+        self.partitioner.planned = None
         try:
             if settings.inner == "aot_eager":
                 compiled = torch_private.compile_with_aot_eager(module, inputs, self.partitioner)
@@ -78,13 +108,13 @@ class Backend:
                     module, inputs, self.partitioner, patches
                 )
         except FxCompressError as error:
-            return _refusal(error)
+            return _refusal(error), None
         if self.partitioner.plans:
             report.remember(graph, list(self.partitioner.plans))
         for key in self.partitioner.plans or report.recall(graph):
             self.plans[key] = None
             self.partitioner.ledger.learn(key, frame)
-        return self._watch_first_call(compiled, frame)
+        return self._watch_first_call(compiled, frame), self.partitioner.planned
 
     def _watch_first_call(self, compiled: Callable[..., Any], frame: object) -> Callable[..., Any]:
         """Learn from the first call which plan a graph has that came from the on-disk cache."""
@@ -119,6 +149,21 @@ class Backend:
         """Forget what was compiled (``torch._dynamo.reset`` calls this)."""
         self.partitioner = Partitioner(self.settings, Ledger())
         self.plans.clear()
+
+
+def _replanned(compiled: Callable[..., Any], replanner: Replanner) -> Callable[..., Any]:
+    """``compiled``, and what it is replaced by as training goes."""
+    current = compiled
+
+    def run(*args: Any) -> Any:
+        nonlocal current
+        inputs = list(args)
+        current = replanner.before(inputs) or current
+        outputs = current(*args)
+        replanner.after(inputs, outputs)
+        return outputs
+
+    return run
 
 
 def _memory_options(settings: Settings) -> dict[str, Any]:

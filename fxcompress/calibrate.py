@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from fxcompress import torch_private
 from fxcompress.choose import is_codable
+from fxcompress.codecs import codec, states
+from fxcompress.codecs.transform import Transform
 from fxcompress.errors import FxCompressError
 from fxcompress.evaluate import evaluate
 from fxcompress.evidence import Calibration, GraphEvidence, Price, TensorEvidence, signature
-from fxcompress.fit import fit_transforms, transform_prices
+from fxcompress.fit import fit_transforms, is_fitted, renew, transform_prices
 from fxcompress.ladder import specs
+from fxcompress.moments import Moments, moments, together
 from fxcompress.passes.roles import product_of
 from fxcompress.record import Recorder, Recording, backward_inputs, run_forward
-from fxcompress.sensitivity import Measured, price, sensitivity
+from fxcompress.sensitivity import Measured, Sensitivity, price, sensitivity
 
 log = logging.getLogger("fxcompress")
 
@@ -40,7 +43,7 @@ def calibrate(
 
     The model, its statistics and PyTorch's random state are left as they were. A batch may be
     smaller than the one trained on: what is measured is relative to the gradient's norm. Bases of
-    transform codecs are fitted to the first batch and priced on the others, so give two.
+    transform codecs are fitted to all batches but the last quarter and priced on that, so give two.
 
     >>> calibration = fxcompress.calibrate(model, batch1, batch2, loss=loss_of)  # doctest: +SKIP
     >>> backend = fxcompress.backend(4000, calibration=calibration)  # doctest: +SKIP
@@ -80,47 +83,90 @@ def evidence_of(
     group: int = 256,
     weighting: str = "plain",
     probes: int = 1,
+    used: Mapping[str, str] | None = None,
 ) -> Calibration:
-    """The calibration that recordings of one step or more give; the same graphs in each."""
+    """The calibration that recordings of one step or more give; the same graphs in each.
+
+    Bases of transform codecs are fitted to the first three quarters of the steps (one at least) and
+    everything is priced on the others (or on the only one).
+
+    Args:
+        used: codec specs in use, by tensor name. They are priced too, and their bases are renewed
+            first (:func:`fxcompress.fit.renew`).
+    """
     by_graph: dict[str, list[Recording]] = {}
     for recordings in recorded:
         for recording in recordings:
             by_graph.setdefault(signature(recording.cut), []).append(recording)
     graphs = tuple(
-        GraphEvidence(name, _measure(found, group, weighting, probes))
+        GraphEvidence(name, _measure(found, group, weighting, probes, used or {}))
         for name, found in by_graph.items()
     )
     return Calibration(graphs, weighting, len(recorded))
 
 
 def _measure(
-    recordings: Sequence[Recording], group: int, weighting: str, probes: int
+    recordings: Sequence[Recording],
+    group: int,
+    weighting: str,
+    probes: int,
+    used: Mapping[str, str],
 ) -> dict[str, TensorEvidence]:
-    """Evidence of one graph: bases from the first recording, prices from the others (or it)."""
-    first, *others = [
-        sensitivity(r, is_codable, probes=probes, weighting=weighting) for r in recordings
-    ]
-    priced = others or [first]
+    """Evidence of one graph."""
+    held_out = max(1, len(recordings) // 4) if len(recordings) > 1 else 0
+
+    def measured(recording: Recording) -> Sensitivity:
+        return sensitivity(recording, is_codable, probes=probes, weighting=weighting)
+
+    gathered: dict[str, Moments] = {}
+    for recording in recordings[: len(recordings) - held_out]:
+        seen = measured(recording)
+        _gather(seen, gathered)
+    priced = [measured(r) for r in recordings[len(recordings) - held_out :]] if held_out else [seen]
     norms = sensitivity(recordings[0], is_codable, weighting="norm")
     gradients = _layer_gradients(recordings[0])
     found = {}
-    for i, tensor in enumerate(first.tensors):
+    for i, tensor in enumerate(norms.tensors):
         name = tensor.candidate.name
         prices: dict[str, Price] = {}
         transforms: dict[float, str] = {}
         norm = 0.0
-        if tensor.weights is not None:
+        if all(s.tensors[i].weights is not None for s in priced):
             tables = [_prices(s.tensors[i], s.gradient_square, group) for s in priced]
-            fitted = fit_transforms(tensor)
-            transforms = {bits: codec.spec for bits, codec in fitted.items()}
+            fitted = fit_transforms(gathered.get(name))
+            transforms = {bits: c.spec for bits, c in fitted.items()}
+            old = _renewed(used.get(name), gathered.get(name))
             for table, s in zip(tables, priced, strict=True):
                 table.update(transform_prices(fitted, s.tensors[i], s.gradient_square))
+                if old is not None and old not in table:
+                    table[old] = price(s.tensors[i], old, s.gradient_square)
             prices = {spec: _mean([table[spec] for table in tables]) for spec in tables[0]}
-            norm = price(norms.tensors[i], NORM_SPEC, 1.0).variance
+            norm = price(tensor, NORM_SPEC, 1.0).variance if tensor.weights is not None else 0.0
         ranges = _sample_ranges(tensor)
         square, count = gradients.get(name, 0.0), tensor.values.numel()
         found[name] = TensorEvidence(prices, transforms, norm, ranges, square, count)
     return found
+
+
+def _gather(seen: Sensitivity, found: dict[str, Moments]) -> None:
+    """Add the moments of one more batch to those found so far, by tensor name."""
+    for tensor in seen.tensors:
+        if not is_fitted(tensor):
+            continue
+        assert tensor.weights is not None
+        name = tensor.candidate.name
+        one = moments(tensor.values, tensor.weights, tensor.candidate.channels)
+        found[name] = together(found[name], one) if name in found else one
+
+
+def _renewed(spec: str | None, found: Moments | None) -> str | None:
+    """The spec in use, its basis renewed if it has one; None if it cannot be priced."""
+    used = None if spec is None else codec(spec)
+    if isinstance(used, Transform):
+        if found is None or tuple(states.arrays(used.basis)["sides"].tolist()) not in found.values:
+            return None
+        renew(used, found)
+    return spec
 
 
 def _prices(tensor: Measured, gradient_square: float, group: int) -> dict[str, Price]:

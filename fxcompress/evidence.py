@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import fx
+
 from fxcompress.codecs import states
 from fxcompress.errors import FxCompressError
-from fxcompress.passes.capture import Cut
+from fxcompress.passes.capture import Cut, output_args
 
-FORMAT = 2
+FORMAT = 3
 LARGEST_FILE = 1 << 30  # bytes; a calibration of a thousand tensors takes some tens of MB
 _STATE = re.compile(r"(?:basis|rates)=(\w+)")
 
@@ -81,9 +83,16 @@ class Calibration:
         return next((g.tensors for g in self.graphs if g.signature == signature), None)
 
     def to_json(self) -> str:
-        """All of it as text, the states that transform codecs name included."""
-        held = {n: base64.b64encode(states.dump(n)).decode() for n in self._states()}
-        return json.dumps({"format": FORMAT, **asdict(self), "states": held})
+        """All of it as text, the states that transform codecs name included.
+
+        A state that was renewed (states.py) is written under the name of what it holds now.
+        """
+        names = {n: states.current_name(n) for n in self._states()}
+        held = {now: base64.b64encode(states.dump(n)).decode() for n, now in names.items()}
+        text = json.dumps({"format": FORMAT, **asdict(self), "states": held})
+        for name, now in names.items():
+            text = text.replace(name, now)
+        return text
 
     def _states(self) -> list[str]:
         specs = {s for g in self.graphs for t in g.tensors.values() for s in t.transforms.values()}
@@ -144,12 +153,19 @@ class Calibration:
 
 
 def signature(cut: Cut) -> str:
-    """Name of a pair of graphs, equal for other batch sizes: their nodes and operators."""
-    digest = hashlib.sha256()
-    for module in (cut.forward, cut.backward):
-        for node in module.graph.nodes:
-            digest.update(f"{node.op} {node.name} {node.target}\n".encode())
-    return digest.hexdigest()[:24]
+    """Name of a model's graph, equal for other batch sizes: what its outputs are made by, and which
+    inputs get a gradient. At another size PyTorch may save other tensors, but computes the same.
+    """
+    made: set[fx.Node] = set()
+    pending = [n for n in cut.outputs if isinstance(n, fx.Node)]
+    while pending:
+        node = pending.pop()
+        if node not in made:
+            made.add(node)
+            pending.extend(node.all_input_nodes)
+    lines = [f"{n.op} {n.name} {n.target}" for n in cut.forward.graph.nodes if n in made]
+    trained = [n is not None for n in output_args(cut.backward)]
+    return hashlib.sha256("\n".join([*lines, str(trained)]).encode()).hexdigest()[:24]
 
 
 def _tensor(row: dict[str, Any]) -> TensorEvidence:

@@ -1,4 +1,4 @@
-"""Fit: the basis and the rates of a transform codec, from one tensor and its sensitivities."""
+"""Fit: the basis and the rates of a transform codec, from the moments of a tensor."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ import torch
 from torch import Tensor
 
 from fxcompress.codecs import codec, states
-from fxcompress.codecs.base import channel_axis
 from fxcompress.codecs.levels import levels
-from fxcompress.codecs.transform import RATES, Transform, analyse
+from fxcompress.codecs.transform import RATES, Transform
 from fxcompress.evidence import Price
+from fxcompress.moments import WIDTH, Moments, moments
 from fxcompress.sensitivity import Measured
-
-WIDTH = 64  # channels a block: 2*64 multiply-adds an element and way, a fraction of the layer's own
-SIDES = (4, 2, 1)  # of spatial blocks
 
 FEWEST = 8  # channels worth a basis
 SMALLEST = 16  # positions a channel
@@ -62,84 +59,66 @@ class Fitted:
 
 
 def fit(values: Tensor, weights: Sequence[Tensor], channels: int, *, width: int = WIDTH) -> Fitted:
-    """Choose means, block sides and channel bases for a tensor in storage order.
+    """The basis for one batch of a tensor in storage order; arguments as of `moments`."""
+    return basis_of(moments(values, weights, channels, width=width))
+
+
+def basis_of(found: Moments) -> Fitted:
+    """Choose means, block sides and channel bases.
 
     The basis makes both the covariance of the values and that of the weights diagonal, in blocks of
     channels: then no other linear transform has a smaller product of energy and weight over the
     bands, which is what the noise at a given total rate goes with. Block sides are those with the
     smallest such product.
-
-    Args:
-        values: what will be coded.
-        weights: derivatives of random combinations of the gradient by it (fxcompress.sensitivity).
-        channels: position of the channel axis.
-        width: channels in a block of the basis.
     """
-    axis = channel_axis(channels, values.dim())
-    y = values.float().movedim(axis, -1)
-    mean = y.reshape(-1, y.shape[-1]).mean(0)
-    y = y - mean
-    covectors = [w.float().movedim(axis, -1) for w in weights]
-    tried = [(s, *_with_sides(y, covectors, s, width)) for s in _sides(y.shape[:-1])]
-    sides, energy, weight, analysis, synthesis = min(
-        tried, key=lambda f: float(np.log(np.maximum(f[1] * f[2], 1e-300)).mean())
+    tried = [_with_sides(found, sides) for sides in found.values]
+    best = min(
+        tried, key=lambda s: float((s["energy"] * s["weight"]).clamp(min=1e-300).log().mean())
     )
-    basis = states.put(
-        {
-            "mean": mean.cpu(),
-            "sides": torch.tensor(sides, dtype=torch.int64),
-            "analysis": analysis,
-            "synthesis": synthesis,
-            "running": torch.tensor([y.numel() // y.shape[-1] >= RUNNING]),
-            "positions": torch.tensor([y.numel() // y.shape[-1]]),
-            "energy": torch.from_numpy(energy),
-            "weight": torch.from_numpy(weight),
-        }
+    return Fitted(states.put(best), found.channels)
+
+
+def renew(codec: Transform, found: Moments) -> None:
+    """Give a codec in use the basis of newer moments: sides, rates and payloads stay as they are.
+
+    found: with the codec's own block sides among those it was gathered for.
+    """
+    old = states.arrays(codec.basis)
+    state = _with_sides(found, tuple(old["sides"].tolist()))
+    states.renew(codec.basis, {**state, "running": old["running"], "positions": old["positions"]})
+
+
+def _with_sides(found: Moments, sides: tuple[int, ...]) -> dict[str, Tensor]:
+    """The state of a basis with these block sides."""
+    values, weights = found.values[sides], found.weights[sides]
+    size, positions = values.shape[-1], found.positions // math.prod(sides)
+    analysis, synthesis = _diagonalise(
+        _shrunk_covariance(values, found.positions), weights.sum(0) / max(found.probes, 1)
     )
-    return Fitted(basis, axis)
+    energy = ((analysis @ values) * analysis).sum(-1) / positions
+    weight = ((synthesis.mT @ weights) * synthesis.mT).sum(-1) / (positions * found.probes)
+    return {
+        "mean": found.mean.float(),
+        "sides": torch.tensor(sides, dtype=torch.int64),
+        "analysis": analysis.float().contiguous(),
+        "synthesis": synthesis.float().contiguous(),
+        "running": torch.tensor([found.positions >= RUNNING]),
+        "positions": torch.tensor([found.positions]),
+        "energy": _shrunk(energy.view(-1), size, positions),
+        "weight": _shrunk(weight.view(-1), size, positions),
+    }
 
 
-def _with_sides(
-    y: Tensor, weights: Sequence[Tensor], sides: Sequence[int], width: int
-) -> tuple[Floats, Floats, Tensor, Tensor]:
-    """(energy, weight, analysis, synthesis) of centred y and its weights, channels last."""
-    channels, positions = y.shape[-1], y.numel() // y.shape[-1] // math.prod(sides)
-    blocks = _blocks(channels, width)
-    identity = torch.eye(channels // blocks, device=y.device).repeat(blocks, 1, 1)
-    of_values = _covariance(_blocked(analyse(y, sides, identity), sides, blocks))
-    of_weights = torch.stack(
-        [_covariance(_blocked(analyse(w, sides, identity), sides, blocks)) for w in weights]
-    )
-    analysis, synthesis = (
-        m.float().contiguous() for m in _diagonalise(of_values, of_weights.mean(0))
-    )
-    there, back = analysis.to(y.device), synthesis.mT.to(y.device)
-    energy = _mean_square(analyse(y, sides, there))
-    weight = torch.stack([_mean_square(analyse(w, sides, back)) for w in weights]).mean(0)
-    size = channels // blocks
-    return (
-        _shrunk(energy, size, positions).numpy(),
-        _shrunk(weight, size, positions).numpy(),
-        analysis,
-        synthesis,
-    )
-
-
-def _blocked(z: Tensor, sides: Sequence[int], blocks: int) -> Tensor:
-    """[bands, positions] -> [frequencies, blocks, width, positions]."""
-    return z.view(math.prod(sides), blocks, -1, z.shape[1])
-
-
-def _covariance(z: Tensor) -> Tensor:
-    """float64[blocks, width, width] of [frequencies, blocks, width, positions], shrunk.
+def _shrunk_covariance(products: Tensor, positions: int) -> Tensor:
+    """float64[blocks, width, width] of [frequencies, blocks, width, width], shrunk.
 
     Few positions know little of many channels: without shrinking, the last layers of a ResNet (64
     positions, blocks of 64 channels) looked 20 dB more compressible than the next batch was.
     """
-    found = torch.einsum("fbip,fbjp->bij", z, z).double().cpu()
+    found = products.sum(0)
     size = found.shape[-1]
     mean = found.diagonal(dim1=-2, dim2=-1).sum(-1) / size
-    share = size / (size + z.shape[0] * z.shape[3])
+    share = size / (size + positions)
     return (1 - share) * found + share * mean[:, None, None] * torch.eye(size, dtype=found.dtype)
 
 
@@ -169,17 +148,18 @@ def _diagonalise(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.mT.flip(1) @ root, inverse @ vectors.flip(2)
 
 
-def _mean_square(z: Tensor) -> Tensor:
-    return z.double().square().mean(1).cpu()
-
-
-def fit_transforms(tensor: Measured) -> dict[float, Transform]:
-    """Transform codecs for one tensor, by bits an element; none where it is too small to gain."""
-    assert tensor.weights is not None
+def is_fitted(tensor: Measured) -> bool:
+    """The tensor is large enough to gain from a basis, and the backward has a derivative by it."""
     channels = tensor.values.shape[tensor.candidate.channels] if tensor.values.dim() else 1
-    if channels < FEWEST or tensor.values.numel() < SMALLEST * channels:
+    enough = channels >= FEWEST and tensor.values.numel() >= SMALLEST * channels
+    return enough and tensor.weights is not None
+
+
+def fit_transforms(found: Moments | None) -> dict[float, Transform]:
+    """Transform codecs for one tensor, by bits an element; none where there are no moments."""
+    if found is None:
         return {}
-    fitted = fit(tensor.values, tensor.weights, tensor.candidate.channels)
+    fitted = basis_of(found)
     return {bits: at_rate(fitted, bits) for bits in LADDER}
 
 
@@ -249,7 +229,8 @@ def staleness(found: Transform, values: Tensor) -> float:
     to calibrate again. Bands count by the error of their rate and by how the gradient reads them.
     """
     state, z = states.arrays(found.basis), found.forward(values)
-    now = _shrunk(_mean_square(z), state["analysis"].shape[-1], z.shape[1]).numpy()
+    energy = z.double().square().mean(1).cpu()
+    now = _shrunk(energy, state["analysis"].shape[-1], z.shape[1]).numpy()
     errors = _errors()[states.arrays(found.rates)["rates"]]  # the least where most is needed
     noise = [
         float((errors * np.sort(e * state["weight"])[::-1]).sum()) for e in (now, state["energy"])
@@ -280,22 +261,3 @@ def _true_rates() -> Floats:
         metadata = 0.0 if rate == 0 else rate * 32 / 256 if rate < 1 else 16 / 256
         found.append(rate + (32 / 256 if rate > 5 else metadata))
     return np.array(found)
-
-
-def _sides(positions: Sequence[int]) -> list[list[int]]:
-    """Block sides worth trying over the position axes after the first (over it if there is no
-    other): none, then squares as far as the axes divide by them."""
-    axes = positions[1:] or positions
-    found = {
-        tuple(next(s for s in SIDES if s <= most and size % s == 0) for size in axes)
-        for most in SIDES
-    }
-    return [list(sides) for sides in sorted(found)]
-
-
-def _blocks(count: int, width: int) -> int:
-    """As few equal blocks of at most ``width`` channels as divide ``count``."""
-    blocks = max(1, -(-count // width))
-    while count % blocks:
-        blocks += 1
-    return blocks

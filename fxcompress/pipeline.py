@@ -12,13 +12,13 @@ from typing import Any
 from torch import fx
 
 from fxcompress import __version__, artefacts, report, torch_private
-from fxcompress.decision import Decision, baseline, leave_alone, reason_to_leave
+from fxcompress.decision import Baseline, Decision, baseline, leave_alone, reason_to_leave
 from fxcompress.describe import describe
 from fxcompress.errors import BudgetError, SettingsError
 from fxcompress.evidence import TensorEvidence, signature
 from fxcompress.ledger import Ledger
 from fxcompress.lifetimes import located
-from fxcompress.passes.analyse import analyse
+from fxcompress.passes.analyse import Candidate, analyse
 from fxcompress.passes.capture import CaptureError, Cut, pair
 from fxcompress.passes.rebase import rebase
 from fxcompress.passes.recompute import recompute
@@ -40,18 +40,27 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         settings: what the user asked for.
         ledger: saved bytes of the model's other graphs, which count against the same budget.
         plans: plan of each graph partitioned by this instance, by plan key.
+        planned: what was decided last, where plans are to be made again (``replan_every``).
     """
 
     def __init__(self, settings: Settings, ledger: Ledger | None = None) -> None:
         self.settings = settings
         self.ledger = ledger or Ledger()
         self.plans: dict[str, None] = {}
+        self.planned: Planned | None = None
 
-    def uuid(self) -> str:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Partitioner:
+        return self  # Inductor copies all its settings to make a cache key
+
+    def uuid(self) -> str | None:
         """Part of the on-disk cache key: a graph built under another plan is never returned.
 
-        A plan follows from the joint graph (in the key already) and from these.
+        None, and nothing is cached, where plans are to be made again: that takes the graphs.
         """
+        return None if self.settings.replan_every else self.key()
+
+    def key(self) -> str:
+        """A plan follows from the joint graph and from these."""
         return "|".join(
             ("fxcompress", __version__, _SOURCES, self.settings.key(), self.ledger.key())
         )
@@ -89,10 +98,19 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         key = self._record(found.plan)
         if found.decision is None:
             return None
+        if self.settings.replan_every is not None:
+            self.planned = self._unchanged(found)
         rewritten = rewrite(
             found.cut, found.decision.choices, key, channels_last=found.channels_last
         )
         return rewritten.forward, rewritten.backward
+
+    def _unchanged(self, found: Planned) -> Planned:
+        """The same on graphs that stay as they are when these are rewritten."""
+        cut = found.cut.copy()
+        min_bytes, channels_last = self.settings.min_bytes, found.channels_last
+        candidates = analyse(cut, min_bytes, channels_last=channels_last)
+        return replace(found, cut=cut, candidates=candidates)
 
     def _declined(self, note: str) -> None:
         """Record a graph that is compiled as plain Inductor would, and why."""
@@ -117,12 +135,18 @@ class Planned:
         decision: None where the graph is left as it was.
         plan: for the report.
         channels_last: Inductor will lay feature maps out with channels fastest.
+        candidates: its saved tensors; empty where it is left as it was.
+        plain: what plain Inductor needs.
+        reserved: bytes that the model's other graphs keep saved meanwhile.
     """
 
     cut: Cut
     decision: Decision | None
     plan: Plan
     channels_last: bool
+    candidates: tuple[Candidate, ...]
+    plain: Baseline
+    reserved: int
 
 
 def plan_graph(cut: Cut, settings: Settings, reserved: int = 0, reserved_plain: int = 0) -> Planned:
@@ -144,10 +168,10 @@ def plan_graph(cut: Cut, settings: Settings, reserved: int = 0, reserved_plain: 
         note = "left as plain Inductor: nothing is saved for the backward"
         log.info("%s", note)
         empty = Plan(settings.policy, settings.budget_mb, (), 0, 0, note)
-        return Planned(cut, None, empty, channels_last)
+        return Planned(cut, None, empty, channels_last, (), plain, reserved)
     if note := reason_to_leave(plain, settings):
         plan = describe(leave_alone(plain, note), plain, settings)
-        return Planned(cut, None, plan, channels_last)
+        return Planned(cut, None, plan, channels_last, (), plain, reserved)
     cut = recompute(cut, settings.min_bytes)
     candidates = analyse(cut, settings.min_bytes, channels_last=channels_last)
     decision = make_plan(
@@ -162,8 +186,8 @@ def plan_graph(cut: Cut, settings: Settings, reserved: int = 0, reserved_plain: 
     plan = located(describe(decision, plain, settings), cut)
     if all(tensor.representation == KEEP for tensor in plan.tensors):
         unchanged = replace(plan, note="nothing to gain", planned_peak_bytes=plain.peak)
-        return Planned(cut, None, unchanged, channels_last)
-    return Planned(cut, decision, plan, channels_last)
+        return Planned(cut, None, unchanged, channels_last, candidates, plain, reserved)
+    return Planned(cut, decision, plan, channels_last, candidates, plain, reserved)
 
 
 def _evidence(cut: Cut, settings: Settings) -> Mapping[str, TensorEvidence] | None:

@@ -43,6 +43,9 @@ class Settings:
         calibration: from :func:`fxcompress.calibrate`, or the path of a saved one.
         overrides: rules that fix the representation of some tensors, under any policy: dictionaries
             or JSON text, see :mod:`fxcompress.overrides`.
+        replan_every: measure again every so many steps: bases of transform codecs are renewed, and
+            a graph is compiled again if that makes its gradients clearly less noisy (see
+            :mod:`fxcompress.replan`). Such graphs are not found in the on-disk cache.
         plan: a plan to follow, or the path of a saved one, instead of a policy; each tensor gets
             the representation it has there (see :mod:`fxcompress.load_plan`).
     """
@@ -59,6 +62,7 @@ class Settings:
     calibration: Calibration | None = None
     overrides: tuple[Rule, ...] = ()
     plan: Plan | None = None
+    replan_every: int | None = None
 
     def __post_init__(self) -> None:
         if self.calibration is not None and not isinstance(self.calibration, Calibration):
@@ -109,6 +113,8 @@ class Settings:
             )
         if self.group < 8 or self.group % 8:
             raise SettingsError(f"group={self.group} must be a multiple of 8, 8 or more")
+        if self.replan_every is not None and self.replan_every < 1:
+            raise SettingsError(f"replan_every={self.replan_every} must be 1 step or more")
         if self.min_bytes < 0:
             raise SettingsError(f"min_bytes={self.min_bytes} must be 0 or more")
 
@@ -122,6 +128,13 @@ class Settings:
             raise SettingsError(
                 f"{of_auto[0]} needs a policy that chooses bits; policy={self.policy!r} has its "
                 f'own bytes. Use policy="auto" or drop {of_auto[0]}'
+            )
+        found = policy(self.policy)
+        measures = self.plan is None and (found.calibrated or (found.solves and bounds))
+        if self.replan_every is not None and not measures:
+            raise SettingsError(
+                "replan_every measures again what a plan was made from, and this one is made from "
+                'no measurements: use policy="auto" with a bound, or drop replan_every'
             )
         if self.plan is not None and (self.policy != "auto" or of_auto):
             raise SettingsError(
@@ -166,6 +179,7 @@ _PARSERS: dict[str, Any] = {
     "inner": str,
     "group": int,
     "min_bytes": int,
+    "replan_every": int,
     "calibration": Calibration.load,
     "overrides": parse_overrides,
     "plan": _load_plan,
@@ -178,7 +192,7 @@ _KINDS: dict[Any, tuple[type, str]] = {
     str: (str, "a text"),
 }
 _BOUNDS = ("budget_mb", "ratio", "ratio_saved", "max_grad_error")
-_OPTIONAL = frozenset({*_BOUNDS, "seed"})
+_OPTIONAL = frozenset({*_BOUNDS, "seed", "replan_every"})
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:

@@ -146,6 +146,20 @@ def new_fake_mode() -> Iterator[Any]:
 
 
 @contextmanager
+def fake_errors_unlogged() -> Iterator[None]:
+    """Shapes may be tried that do not fit, without a traceback in the user's log.
+
+    The logger `torch._subclasses.fake_tensor` (2.0 to 2.15) logs each before it raises.
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextmanager
 def outside_compile() -> Iterator[None]:
     """No tracing context, no fake mode, no metrics: as if no compile were under way.
 
@@ -398,15 +412,20 @@ def compile_with_inductor(
 
 
 def copy_dynamo_graph(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """A deep copy that AOTAutograd still takes for a graph of Dynamo's.
+    """A copy of the graph, its constants shared, that AOTAutograd still takes for one of Dynamo's.
 
-    Where the inputs come from is held outside of what is copied: `_param_name_to_source` and
-    `_dynamo_source` (2.7 to 2.15). Without it no input counts as a parameter.
+    Where the inputs come from is held outside of the graph: `_param_name_to_source` and
+    `_dynamo_source` (2.7 to 2.15). Without it no input counts as a parameter. (A deep copy follows
+    Dynamo's own objects, at times deeper than Python's stack.)
     """
-    copied = copy.deepcopy(module)
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    copied = torch.fx.GraphModule(module, graph)
+    copied.meta = dict(module.meta)
     if hasattr(module, "_param_name_to_source"):
         copied._param_name_to_source = module._param_name_to_source
     for node, twin in zip(module.graph.nodes, copied.graph.nodes, strict=True):
+        twin.meta = dict(node.meta)
         if hasattr(node, "_dynamo_source"):
             twin._dynamo_source = node._dynamo_source
     return copied
@@ -539,6 +558,23 @@ def frame_id() -> object:
 
     current = CompileContext.current_compile_id()
     return None if current is None else current.frame_id
+
+
+def compile_under_way() -> Any:
+    """What tells the compile under way from others, for :func:`resumed`; None outside one.
+
+    `CompileContext.try_get` and `compile_context` (2.1 to 2.15).
+    """
+    from torch._guards import CompileContext
+
+    return CompileContext.try_get()
+
+
+def resumed(compile_context: Any) -> AbstractContextManager[Any]:
+    """Inside, `frame_id` is what it was in the compile that :func:`compile_under_way` gave."""
+    from torch._guards import compile_context as entered
+
+    return entered(compile_context)
 
 
 def backend_of(compiled: Any) -> Any:

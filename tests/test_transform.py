@@ -301,8 +301,8 @@ def test_rates_follow_the_energy_of_the_day(fitted: Fitted) -> None:
     scale = torch.linspace(0.05, 3, x.shape[-1])
     changed = (x - x.mean((0, 1, 2))) * scale
     z = c.forward(changed)
-    errors = torch.tensor(_errors())[c._numbers(z).long()]
-    fixed = torch.tensor(_errors())[c._numbers(c.forward(x)).long()]
+    errors = torch.tensor(_errors())[c._numbers(z, states.get(c.basis, z.device)).long()]
+    fixed = torch.tensor(_errors())[c._numbers(c.forward(x), states.get(c.basis, x.device)).long()]
     weight = states.get(fitted.basis, torch.device("cpu"))["weight"]
     need = z.double().square().mean(1) * weight
     assert (errors * need).sum() < 0.8 * (fixed * need).sum()

@@ -80,6 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weighting", choices=WEIGHTINGS, default=WEIGHTING, help="of parameters, to calibrate"
     )
+    parser.add_argument(
+        "--replan-every", type=int, metavar="STEPS", help="calibrate again, where a policy does"
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plot", type=Path, help="loss against saved bytes, and the curves")
@@ -96,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             "--seeds and --warm-steps must be 1 or more, --steps above --warm-steps"
         )
     about = ("model", "batch", "size", "data", "steps", "warm_steps", "lr", "weighting")
-    done = harness.results(args, *about)
+    done = harness.results(args, *about, "replan_every")
     runs = []
     with harness.bars() as bars:
         for seed in bars.track(range(args.seeds), description="seeds"):
@@ -189,6 +192,7 @@ def _train(
     settings = _settings(name)
     if policy(settings["policy"]).calibrated or policy(settings["policy"]).solves:
         settings["calibration"] = start.calibration
+        settings["replan_every"] = args.replan_every
     torch._dynamo.reset()
     compiled = torch.compile(
         task.model, backend=fxcompress.backend(min_bytes=MIN_BYTES, **settings)

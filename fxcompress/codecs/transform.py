@@ -21,8 +21,8 @@ the inverse of analysis. DIVISION and averaging are special cases: the spatial m
 bits and the rest at few, or dropped. Classic theory: Goyal, "Theoretical foundations of transform
 coding", IEEE Signal Processing Magazine 18(5), 2001.
 
-payload = rate of each band, 4 bits | bf16 means of channels, where they are its own
-          | the payloads of the rates, from the highest to the lowest; each padded to 4 bytes
+payload = version of the basis | rate of each band, 4 bits | bf16 means of channels, where they are
+          its own | payloads of the rates, from the highest to the lowest; each padded to 4 bytes
 bytes   = sum of these; a rate's: bands(rate) * positions elements
 error   = variance synthesis^2 of the bands' variances; bias of dropped bands
 
@@ -33,7 +33,7 @@ where a coefficient lies on a threshold. The coders within are bit-exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -49,6 +49,7 @@ from fxcompress.codecs.rotate import Rotate
 from fxcompress.codecs.subsample import Subsample
 from fxcompress.persistent import persistent
 
+VERSION = 4  # bytes that tell by which version of its basis a payload was made (states.py)
 # Bits a coefficient, in the order of their numbers in a state's `rates`.
 RATES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 
@@ -82,7 +83,7 @@ class Transform(Codec):
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         bands = self._bands()
         positions = math.prod(shape) // bands
-        total = _aligned((bands + 1) // 2) + _aligned(2 * self._running_means())
+        total = VERSION + _aligned((bands + 1) // 2) + _aligned(2 * self._running_means())
         for _, codec, count in self._classes():
             total = total + _aligned(codec.payload_bytes([count * positions], torch.float32))
         return total
@@ -93,13 +94,16 @@ class Transform(Codec):
 
     def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
         payload.zero_()
-        mean, at = self._mean(x), _aligned((self._bands() + 1) // 2)
+        version = states.version(self.basis, x.device)
+        payload[:1] = version
+        state = states.of_version(self.basis, version)
+        mean, at = self._mean(x, state), VERSION + _aligned((self._bands() + 1) // 2)
         if self._running_means():
             payload[at : at + 2 * len(mean)].view(torch.bfloat16).copy_(mean)
             at += _aligned(2 * len(mean))
-        z = self.forward(x, mean)
-        numbers = self._numbers(z)
-        payload[: (len(z) + 1) // 2] = _nibbles(numbers)
+        z = self.forward(x, state, mean)
+        numbers = self._numbers(z, state)
+        payload[VERSION : VERSION + (len(z) + 1) // 2] = _nibbles(numbers)
         order = numbers.argsort(descending=True, stable=True)
         for number, codec, count in self._classes():
             bands, order = order[:count], order[count:]
@@ -109,14 +113,14 @@ class Transform(Codec):
         return True
 
     def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
-        bands, state = self._bands(), states.get(self.basis, x.device)
-        positions, at = x.numel() // bands, _aligned((bands + 1) // 2)
+        bands, state = self._bands(), states.of_version(self.basis, payload[:1])
+        positions, at = x.numel() // bands, VERSION + _aligned((bands + 1) // 2)
         mean = state["mean"]
         if self._running_means():
             mean = payload[at : at + 2 * len(mean)].view(torch.bfloat16).float()
             at += _aligned(2 * len(mean))
         z = payload.new_empty((bands, positions), dtype=torch.float32)
-        order = _numbers_of(payload, bands).argsort(descending=True, stable=True)
+        order = _numbers_of(payload[VERSION:], bands).argsort(descending=True, stable=True)
         for number, codec, count in self._classes():
             here, order = order[:count], order[count:]
             shape = [count, positions]
@@ -164,22 +168,22 @@ class Transform(Codec):
 
     def _coded(self, z: Tensor) -> Iterator[tuple[Codec, Tensor]]:
         """(codec, bands) of each rate that these coefficients would be coded at."""
-        order = self._numbers(z).argsort(descending=True, stable=True)
+        state = states.get(self.basis, z.device)
+        order = self._numbers(z, state).argsort(descending=True, stable=True)
         for _, codec, count in self._classes():
             yield codec, order[:count]
             order = order[count:]
 
-    def _numbers(self, z: Tensor) -> Tensor:
+    def _numbers(self, z: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """The rate of each band, uint8: the highest where energy times weight now is largest."""
-        state = states.get(self.basis, z.device)
         need = torch.linalg.vector_norm(z, dim=1).square() * state["weight"]
         ranked = states.get(self.rates, z.device)["rates"]
         return torch.empty_like(ranked).index_copy_(0, need.argsort(descending=True), ranked)
 
-    def _mean(self, x: Tensor) -> Tensor:
+    def _mean(self, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """What is subtracted, fp32[channels]: of x itself where that is worth its bytes."""
         if not self._running_means():
-            return states.get(self.basis, x.device)["mean"]
+            return state["mean"]
         axis = channel_axis(self.channels, x.dim())
         mean = x.float().mean([i for i in range(x.dim()) if i != axis])
         return mean.to(torch.bfloat16).float()
@@ -189,11 +193,14 @@ class Transform(Codec):
         state = states.arrays(self.basis)
         return len(state["mean"]) * int(state["running"][0])
 
-    def forward(self, x: Tensor, mean: Tensor | None = None) -> Tensor:
-        """Coefficients fp32[bands, positions] of x."""
+    def forward(
+        self, x: Tensor, state: Mapping[str, Tensor] | None = None, mean: Tensor | None = None
+    ) -> Tensor:
+        """Coefficients fp32[bands, positions] of x, in the newest basis if not another is given."""
         y = x.movedim(channel_axis(self.channels, x.dim()), -1)
-        mean = self._mean(x) if mean is None else mean
-        return analyse(y, self._sides(), states.get(self.basis, x.device)["analysis"], mean)
+        state = states.get(self.basis, x.device) if state is None else state
+        mean = self._mean(x, state) if mean is None else mean
+        return analyse(y, self._sides(), state["analysis"], mean)
 
     def adjoint(self, weights: Tensor) -> Tensor:
         """What a covector of x is to the coefficients: (weights * x).sum() = (result * z).sum()."""
