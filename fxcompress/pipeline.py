@@ -50,7 +50,10 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         self.planned: Planned | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Partitioner:
-        return self  # Inductor copies all its settings to make a cache key
+        return self  # Inductor copies its settings, this one among them, to make a cache key,
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"key": self.key()}  # and pickles them: what steers a plan, and nothing else
 
     def uuid(self) -> str | None:
         """Part of the on-disk cache key: a graph built under another plan is never returned.
