@@ -1,4 +1,4 @@
-"""Plans made again as training goes: bases renewed, graphs compiled anew, nothing in flight lost."""
+"""Plans made again in training: bases renewed, graphs compiled anew, nothing in flight lost."""
 
 from __future__ import annotations
 
