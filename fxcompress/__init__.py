@@ -5,6 +5,7 @@ torch.compile(model, backend=fxcompress.backend(budget_mb=4000))
 
 __version__ = "0.1.0"
 
+from fxcompress.actnn import QModule, set_optimization_level
 from fxcompress.backend import backend, disable, enable, enabled, explain
 from fxcompress.calibrate import calibrate
 from fxcompress.check import Check, check
@@ -13,6 +14,7 @@ from fxcompress.evidence import Calibration
 from fxcompress.pareto import Point, max_batch, pareto
 from fxcompress.plan import Plan, TensorPlan
 from fxcompress.policies import policies
+from fxcompress.region import policy
 from fxcompress.rng import manual_seed
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "FxCompressError",
     "Plan",
     "Point",
+    "QModule",
     "SettingsError",
     "TensorPlan",
     "backend",
@@ -36,4 +39,6 @@ __all__ = [
     "max_batch",
     "pareto",
     "policies",
+    "policy",
+    "set_optimization_level",
 ]

@@ -1,5 +1,5 @@
 """The operators that a rewritten graph calls: fxcompress::next_key, encode and decode; and, where
-payloads wait in host memory, to_host and to_device.
+payloads wait in host memory, to_host and to_device. fxcompress::region stands in users' graphs.
 
 They are opaque to Inductor (single-pass kernels), deterministic given their key, and carry no
 autograd formula: they appear in graphs that AOTAutograd has already differentiated.
@@ -37,6 +37,7 @@ _library.define(
     "next_key(str plan, Device device) -> Tensor",
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
 )
+_library.define("region(str policy) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("to_host(Tensor payload) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
     "to_device(Tensor payload, Device device) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
@@ -77,6 +78,11 @@ def next_key(plan: str, device: torch.device) -> Tensor:
     return key
 
 
+def region(policy: str) -> None:
+    """Nothing: a mark in a traced graph's code, where a region begins or (empty) ends."""
+    torch.ops.fxcompress.region(policy)
+
+
 def to_host(payload: Tensor) -> Tensor:
     """A copy in host memory; pinned, and made while the device goes on, where there is one.
 
@@ -96,9 +102,14 @@ def _inverse(order: Sequence[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
+def _nothing(policy: str) -> None:
+    return None
+
+
 _library.impl("encode", encode, "CompositeExplicitAutograd")
 _library.impl("decode", decode, "CompositeExplicitAutograd")
 _library.impl("next_key", next_key, "CompositeExplicitAutograd")
+_library.impl("region", _nothing, "CompositeExplicitAutograd")
 _library.impl("to_host", to_host, "CompositeExplicitAutograd")
 _library.impl("to_device", to_device, "CompositeExplicitAutograd")
 
@@ -128,6 +139,9 @@ def _decode_fake(
 @torch.library.register_fake("fxcompress::next_key", lib=_library)
 def _next_key_fake(plan: str, device: torch.device) -> Tensor:
     return torch.empty(2, dtype=torch.int64, device=device)
+
+
+torch.library.register_fake("fxcompress::region", _nothing, lib=_library)
 
 
 @torch.library.register_fake("fxcompress::to_host", lib=_library)

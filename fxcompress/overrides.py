@@ -151,7 +151,7 @@ def apply(
         if rule is not None:
             matched.add(candidate.name)
             found[i] = _ruled(candidate, ladders[i], rule, evidence.get(candidate.name))
-    return _reconciled(candidates, found), frozenset(matched)
+    return reconciled(candidates, found), frozenset(matched)
 
 
 def warn_unmatched(rules: Sequence[Rule], candidates: Sequence[Candidate]) -> None:
@@ -200,7 +200,7 @@ def _ruled(
             "override %s: %s gets %s instead, %s",
             rule, candidate.name, choice.representation, choice.reason,
         )  # fmt: skip
-    return [Option(choice, _noise(choice, ladder, evidence))]
+    return [Option(choice, noise_of(choice, ladder, evidence))]
 
 
 def _width(choice: Choice, evidence: TensorEvidence | None) -> float:
@@ -213,7 +213,7 @@ def _width(choice: Choice, evidence: TensorEvidence | None) -> float:
     return 8 * bytes_of(choice, {}) / max(math.prod(choice.candidate.stored_shape), 1)
 
 
-def _noise(choice: Choice, ladder: Ladder, evidence: TensorEvidence | None) -> float:
+def noise_of(choice: Choice, ladder: Ladder, evidence: TensorEvidence | None) -> float:
     """As measured; else as the ladder's next smaller codec, or its noisiest."""
     spec = choice.codec_spec
     if spec is None:
@@ -225,7 +225,7 @@ def _noise(choice: Choice, ladder: Ladder, evidence: TensorEvidence | None) -> f
     return min((o.noise for o in smaller), default=max((o.noise for o in ladder), default=0.0))
 
 
-def _reconciled(candidates: Sequence[Candidate], ladders: list[Ladder]) -> list[Ladder]:
+def reconciled(candidates: Sequence[Candidate], ladders: list[Ladder]) -> list[Ladder]:
     """A view of a buffer that stays whole because of another view stays too, whatever its rule."""
     only_kept = {
         prop.storage_root(c.saved.forward): c.name

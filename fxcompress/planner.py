@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from fxcompress import load_plan, overrides
+from fxcompress import load_plan, overrides, region
 from fxcompress.choose import bytes_of, mask_bytes
 from fxcompress.costs import Clock, clock_of
 from fxcompress.decision import MARGIN, Baseline, Decision, budget_of
@@ -96,7 +96,7 @@ def weighed(
     evidence: Mapping[str, TensorEvidence] | None,
     clock: Clock | None,
 ) -> tuple[list[Sequence[Option]], frozenset[str]]:
-    """(what each tensor may be, names of those that an override fixes)."""
+    """(what each tensor may be, names of those that a region or an override fixes)."""
     found: list[Sequence[Option]] = []
     weights = hedges(evidence or {})
     for candidate in candidates:
@@ -108,7 +108,16 @@ def weighed(
             options = [o for o in options if o.noise == 0 or o.choice.representation in prices]
         found.append(options)
     overrides.warn_unmatched(settings.overrides, (*plain.candidates, *candidates))
-    return overrides.apply(settings.overrides, candidates, found, evidence or {})
+    ruled, fixed = overrides.apply(settings.overrides, candidates, found, evidence or {})
+    if settings.plan is not None:  # which was made with regions in force
+        return ruled, fixed
+    free = [c for c in candidates if c.name not in fixed]
+    chosen = region.choices_of(free, evidence or {}, settings.group)
+    for i, candidate in enumerate(candidates):
+        if candidate.name in chosen:
+            choice, known = chosen[candidate.name], (evidence or {}).get(candidate.name)
+            ruled[i] = [Option(choice, overrides.noise_of(choice, found[i], known))]
+    return overrides.reconciled(candidates, ruled), fixed | chosen.keys()
 
 
 def _followed(

@@ -332,6 +332,22 @@ def prefers_channels_last(module: torch.fx.GraphModule) -> bool:
         return False
 
 
+def annotated(key: str, value: object) -> AbstractContextManager[None]:
+    """While tracing: nodes made inside, and those of their gradients, carry the annotation.
+
+    `torch.fx.traceback.annotate` (2.10 to 2.15), which Dynamo knows and which ends in
+    `node.meta["custom"]`.
+    """
+    from torch.fx.traceback import annotate
+
+    return annotate({key: value})
+
+
+def annotation(node: torch.fx.Node, key: str) -> object:
+    """What :func:`annotated` put on a node; None if it did not."""
+    return (node.meta.get("custom") or {}).get(key)
+
+
 def is_unchecked(node: torch.fx.Node) -> bool:
     """Saved without a version check (`ctx.x = x`): such tensors come last among saved ones.
 
@@ -462,6 +478,7 @@ def compile_with_aot_eager(
         bw_compiler=boxed_nop,
         decompositions=select_decomp_table,
         partition_fn=partition,
+        keep_inference_input_mutations=True,  # as Inductor: else calibrations are of other graphs
     )(module, inputs)
 
 
