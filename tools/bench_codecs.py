@@ -25,6 +25,7 @@ from fxcompress.sensitivity import sensitivity
 from fxcompress.tools import beyond, harness, models, output
 from fxcompress.tools.bench_noise import MIN_BYTES
 from fxcompress.tools.feed import feed, recorded, train
+from fxcompress.tools.structure import structure
 
 SPECS = (
     *(f"affine(bits={b})" for b in (1, 2, 3, 4, 6, 8)),
@@ -67,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warm-steps", type=int, default=100, help="AdamW steps beforehand")
     parser.add_argument("--tensors", type=int, default=3, help="the largest of each model")
     parser.add_argument(
-        "--beyond", action="store_true", help="quantizers that we do not ship, for comparison"
+        "--beyond",
+        action="store_true",
+        help="what we do not ship, for comparison: quantizers, and other models of saved tensors",
     )
     parser.add_argument("--plot", type=Path, help="all codecs against the bound")
     harness.add_arguments(parser)
@@ -82,17 +85,23 @@ def run(args: argparse.Namespace) -> int:
     }
     rows: list[Row] = []
     masks: list[dict[str, Any]] = []
+    shapes: list[dict[str, Any]] = []
     with harness.bars() as bars:
         for name, work in bars.track(works.items(), description="sources"):
-            found, more = done.part(name, work)
+            found, of_masks, of_shapes = done.part(name, work)
             rows += [Row(**each) for each in found]
-            masks += more
+            masks += of_masks
+            shapes += of_shapes
         others = done.part("beyond", beyond.quantizers) if args.beyond else []
     for source in dict.fromkeys(row.source for row in rows):
         shown = sorted((r for r in rows if r.source == source), key=lambda r: -r.rate)
         columns = ["codec", "rate", "error", "bias", "bound"]
         output.write_table(columns, [asdict(r) for r in shown], source)
-    for title, table in (("masks given the decoded tensor", masks), ("beyond", others)):
+    for title, table in (
+        ("masks given the decoded tensor", masks),
+        ("beyond: quantizers of a normal", others),
+        ("beyond: models of saved tensors, coded ideally", shapes),
+    ):
         if table:
             output.write_table(list(table[0]), table, title)
     print(harness.describe(harness.machine()))
@@ -102,23 +111,27 @@ def run(args: argparse.Namespace) -> int:
         rate_distortion(rows, args.plot)
     if args.json:
         tables = {"codecs": [asdict(r) for r in rows], "masks": masks, "beyond": others}
+        tables["structure"] = shapes
         print(json.dumps({**tables, "seed": args.seed, "machine": harness.machine()}))
     return 0
 
 
-Tables = tuple[list[Row], list[dict[str, Any]]]  # of codecs, and of masks
+# Of codecs, of masks, and of other models of tensors.
+Tables = tuple[list[Row], list[dict[str, Any]], list[dict[str, Any]]]
 
 
 def _synthetic(seed: int) -> Tables:
     torch.manual_seed(seed)
-    return [row for name, x in synthetic().items() for row in measure(name, x, SPECS)], []
+    return [row for name, x in synthetic().items() for row in measure(name, x, SPECS)], [], []
 
 
 def _real(args: argparse.Namespace, name: str) -> Tables:
     torch.manual_seed(args.seed)
     rows: list[Row] = []
     masks: list[dict[str, Any]] = []
-    for label, first, second, axis in _saved(args, name):
+    shapes: list[dict[str, Any]] = []
+    for saved in _saved(args, name):
+        label, first, second, axis = saved.label, saved.first, saved.second, saved.channels
         rows += measure(label, second, SPECS)
         fitted = fit(first, [torch.randn_like(first)], axis)
         for rate in RATES:
@@ -127,7 +140,9 @@ def _real(args: argparse.Namespace, name: str) -> Tables:
                 kind = "transform" if unbiased else "transform, bands dropped"
                 rows.append(_row(label, f"{kind} {rate:g}", found, second))
         masks += beyond.masks(label, second, [at_rate(fitted, r) for r in RATES])
-    return rows, masks
+        if args.beyond:
+            shapes += structure(label, first, second, axis, saved.before)
+    return rows, masks, shapes
 
 
 def synthetic() -> dict[str, Tensor]:
@@ -157,20 +172,44 @@ def _row(source: str, name: str, found: Codec, x: Tensor) -> Row:
     return Row(source, name, rate, square / variance, bias / variance, 2 ** (-2 * rate))
 
 
-def _saved(args: argparse.Namespace, name: str) -> list[tuple[str, Tensor, Tensor, int]]:
-    """(label, values on one batch, on another, channel axis) of a model's largest saved tensors."""
+@dataclass(frozen=True)
+class Saved:
+    """A saved tensor on two batches, and the one before it that has as many positions."""
+
+    label: str
+    first: Tensor
+    second: Tensor
+    channels: int
+    before: tuple[Tensor, Tensor, int] | None
+
+
+def _saved(args: argparse.Namespace, name: str) -> list[Saved]:
+    """The largest saved tensors of a model."""
     task = models.load(name, args.batch, args.size)
     source, _ = feed(task, args.data, args.batch, args.size, args.seed)
     train(source, args.warm_steps)
     both = [recorded(source, MIN_BYTES)[0] for _ in range(2)]
     first, second = (sensitivity(r, is_codable).tensors for r in both)
     largest = sorted(range(len(first)), key=lambda i: -first[i].values.numel())[: args.tensors]
+
+    def positions(i: int) -> int:
+        values = first[i].values
+        return values.numel() // values.shape[first[i].candidate.channels]
+
+    def before(i: int) -> tuple[Tensor, Tensor, int] | None:
+        alike = [j for j in range(i) if positions(j) == positions(i)]
+        if not alike:
+            return None
+        j = alike[-1]
+        return first[j].values, second[j].values, first[j].candidate.channels
+
     return [
-        (
+        Saved(
             f"{name} {first[i].candidate.name} {'×'.join(map(str, first[i].values.shape))}",
             first[i].values,
             second[i].values,
             first[i].candidate.channels,
+            before(i),
         )
         for i in sorted(largest)
     ]
