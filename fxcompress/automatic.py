@@ -73,14 +73,20 @@ def _is_trained(inputs: Sequence[Any]) -> bool:
 def _measured(
     module: fx.GraphModule, inputs: Sequence[Any], settings: Settings
 ) -> Calibration | None:
-    slices = slices_of_batch(module, inputs, PART)
-    if slices is None:
-        if settings.budget_bytes is not None:
+    if settings.budget_bytes is None:
+        slices = slices_of_batch(module, inputs, PART) or slices_of_batch(module, inputs, 1)
+        assert slices is not None
+        return measured_on(slices, settings)
+    for part in (PART, 4 * PART):
+        slices = slices_of_batch(module, inputs, part)
+        if slices is None:
             log.info("the batch cannot be taken in part; give fxcompress.calibrate a smaller one")
             return None
-        slices = slices_of_batch(module, inputs, 1)
-    assert slices is not None
-    return measured_on(slices, settings)
+        found = measured_on(slices, settings)
+        if found is not None:
+            return found
+    log.info("the budget leaves no room to calibrate; see fxcompress.calibrate")
+    return None
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,11 @@ def slices_of_batch(
     """
     if parts == 1:
         return Slices(torch_private.copy_dynamo_graph(module), 0, 1.0, (list(inputs),))
-    data = [x for x in inputs if not x.requires_grad and x.dim() > 0]
+    data = [
+        x
+        for x in inputs
+        if not x.requires_grad and x.dim() > 0 and not torch_private.is_static_input(x)
+    ]
     sizes = {x.shape[0] for x in data}
     for batch in sorted(sizes, reverse=True):
         fewer = max(2, batch // parts)
@@ -161,7 +171,6 @@ def measured_on(
             recorded.append(recorder.recordings())
             need = HELD * sum(r.plain_saved_bytes for r in recorded[0])
             if settings.budget_bytes is not None and need > settings.budget_bytes:
-                log.info("the budget leaves no room to calibrate; see fxcompress.calibrate")
                 return None
         return evidence_of(*recorded, group=settings.group, used=used)
 

@@ -136,6 +136,14 @@ def is_fake(value: torch.Tensor) -> bool:
     return isinstance(value, FakeTensor)
 
 
+def is_static_input(value: torch.Tensor) -> bool:
+    """A parameter or buffer of the compiled module, as Dynamo marks them.
+
+    `_dynamo_static_input_type` (2.4 to 2.15). Where it is missing, buffers count as data.
+    """
+    return getattr(value, "_dynamo_static_input_type", None) is not None
+
+
 @contextmanager
 def new_fake_mode() -> Iterator[Any]:
     """A fake mode of its own, whatever is being traced (`unset_fake_temporarily`, 2.1 to 2.15)."""
