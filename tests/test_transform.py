@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from fxcompress.codecs import Average, Frequency, codec, states
 from fxcompress.codecs.rotate import Rotate
-from fxcompress.codecs.transform import RATES, Transform, coder
+from fxcompress.codecs.transform import RATES, Transform, _energies, coder
 from fxcompress.errors import CodecError
 from fxcompress.fit import Fitted, _errors, at_rate, fit, staleness
 from fxcompress.tools.memory import measure_step
@@ -301,8 +301,10 @@ def test_rates_follow_the_energy_of_the_day(fitted: Fitted) -> None:
     scale = torch.linspace(0.05, 3, x.shape[-1])
     changed = (x - x.mean((0, 1, 2))) * scale
     z = c.forward(changed)
-    errors = torch.tensor(_errors())[c._numbers(z, states.get(c.basis, z.device)).long()]
-    fixed = torch.tensor(_errors())[c._numbers(c.forward(x), states.get(c.basis, x.device)).long()]
+    errors = torch.tensor(_errors())[c._numbers(_energies(z), states.get(c.basis, z.device)).long()]
+    fixed = torch.tensor(_errors())[
+        c._numbers(_energies(c.forward(x)), states.get(c.basis, x.device)).long()
+    ]
     weight = states.get(fitted.basis, torch.device("cpu"))["weight"]
     need = z.double().square().mean(1) * weight
     assert (errors * need).sum() < 0.8 * (fixed * need).sum()

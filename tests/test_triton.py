@@ -31,7 +31,7 @@ from fxcompress.codecs.magnitude import Magnitude
 from fxcompress.codecs.rotate import Rotate
 from fxcompress.codecs.sign import Sign
 from fxcompress.codecs.subsample import Subsample
-from fxcompress.codecs.transform import RATES, Transform
+from fxcompress.codecs.transform import Transform
 from fxcompress.kernels import triton as kernels
 
 if TYPE_CHECKING:
@@ -212,6 +212,71 @@ def test_average(beta: float, dtype: torch.dtype) -> None:
     check(Average(beta, 24), awkward(771, dtype))
 
 
+SHAPES = [  # storage order, axis of channels, sides of blocks, channels in a block of the basis
+    ((3, 80, 64), -1, [1], 32),
+    ((2, 12, 48), -1, [4], 48),
+    ((2, 8, 20, 32), -1, [4, 4], 16),
+    ((2, 24, 12, 10), 1, [2, 2], 12),
+    ((70, 16), -1, [1], 16),
+]
+
+
+def transform(shape: tuple[int, ...], axis: int, sides: list[int], width: int) -> Transform:
+    """Any orthonormal matrices; bands at 6 bits, at 1 bit and dropped, in turn."""
+    torch.manual_seed(1)
+    channels = shape[axis]
+    bands = channels * math.prod(sides)
+    analysis = torch.linalg.qr(torch.randn(channels // width, width, width)).Q.contiguous()
+    basis = {
+        "mean": torch.randn(channels),
+        "sides": torch.tensor(sides),
+        "running": torch.tensor([width == 16]),
+        "weight": torch.rand(bands, dtype=torch.float64) + 0.1,
+        "analysis": analysis,
+        "synthesis": analysis.mT.contiguous(),
+    }
+    ranked = torch.tensor([10, 5, 0])[torch.arange(bands).remainder(3).sort().values]
+    return Transform(states.put(basis), states.put({"rates": ranked.to(torch.uint8)}), axis)
+
+
+@interpreted
+@pytest.mark.parametrize(("shape", "axis", "sides", "width"), SHAPES)
+def test_transform(
+    shape: tuple[int, ...],
+    axis: int,
+    sides: list[int],
+    width: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernels of the change of basis; the coders have tests of their own.
+
+    Coefficients and decoded tensors within the rounding of their sums, which the matrix
+    products of a device add up in an order of its own; rates exactly, and so all that follows from
+    equal coefficients. Bytes differ only where a coefficient lies on a threshold.
+    """
+    monkeypatch.setattr(kernels, "takes", lambda x, group: group == 1)
+    monkeypatch.setattr(states, "_path", lambda name: tmp_path / f"state-{name}.npz")
+    c, key = transform(shape, axis, sides, width), step_key()
+    x = torch.randn(shape) * torch.linspace(0.5, 2, shape[-1]) + 1
+    state = states.get(c.basis, x.device)
+    ours, numbers, order = c._ordered(x, state, c._mean(x, state))
+    payload = c.encode(x, key, STREAM)
+    decoded = c.decode(payload, x.shape, x.dtype, key, STREAM)
+    assert order is None
+
+    monkeypatch.setattr(kernels, "takes", lambda x, group: False)
+    z, expected, order = c._ordered(x, state, c._mean(x, state))
+    assert order is not None
+    assert torch.equal(numbers, expected)
+    torch.testing.assert_close(ours, z[order], rtol=1e-5, atol=1e-5)
+    reference = c.encode(x, key, STREAM)
+    assert float((payload != reference).float().mean()) < 0.005
+    torch.testing.assert_close(
+        decoded, c.decode(payload, x.shape, x.dtype, key, STREAM), rtol=1e-4, atol=1e-4
+    )
+
+
 @interpreted
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_bits(dtype: torch.dtype) -> None:
@@ -303,24 +368,14 @@ def test_transform_brings_its_constants_to_the_device_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(states, "_path", lambda name: tmp_path / f"state-{name}.npz")
-    matrix = torch.eye(8)[None]
-    basis = {
-        "mean": torch.zeros(8),
-        "sides": torch.tensor([4, 4]),
-        "running": torch.tensor([True]),
-        "weight": torch.ones(128, dtype=torch.float64),
-    }
-    ranked = torch.arange(128).remainder(len(RATES)).sort(descending=True).values
-    rates = {"rates": ranked.to(torch.uint8)}
-    given = states.put({**basis, "analysis": matrix, "synthesis": matrix})
-    c = Transform(given, states.put(rates))
-    x = torch.empty(2, 16, 16, 8, dtype=torch.bfloat16, device="meta")
+    c = transform((2, 16, 16, 16), -1, [4, 4], 16)
+    x = torch.empty(2, 16, 16, 16, dtype=torch.bfloat16, device="meta")
     key = torch.empty(2, dtype=torch.int64, device="meta")
     seen = []
     for _ in range(2):
         with kernels.recorded(32) as launches, Operators() as called:
             c.decode(c.encode(x, key, STREAM), x.shape, x.dtype, key, STREAM)
-        assert len(launches) >= 2 * (len(RATES) - 1)
+        assert len(launches) >= 3 + 2 * 2  # of the basis, and of two coders
         # A copy to the device lifts a tensor of the host's; `_to_copy` alone only changes a dtype.
         seen.append(called.names & {"lift_fresh", "_local_scalar_dense", "nonzero"})
     assert seen == [{"lift_fresh"}, set()]
@@ -336,4 +391,5 @@ def test_no_kernel_spills_or_reads_narrowly() -> None:
     for row in rows:
         assert row.spills == 0, row
         assert row.tensor_access_bytes == 16, row
-        assert 1 <= row.bytes_ratio < 1.01, row
+        # A matrix that all programs share is counted for each of them.
+        assert 1 <= row.bytes_ratio < (2.3 if row.kernel.startswith("transform") else 1.01), row

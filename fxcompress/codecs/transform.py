@@ -27,7 +27,8 @@ bytes   = sum of these; a rate's: bands(rate) * positions elements
 error   = variance synthesis^2 of the bands' variances; bias of dropped bands
 
 The matrix products are rounded as each device rounds them: payloads of different devices may differ
-where a coefficient lies on a threshold. The coders within are bit-exact.
+where a coefficient lies on a threshold. The coders within are bit-exact. On GPUs the changes of
+basis are kernels of their own (kernels/triton/transform.py), elsewhere ATen operations.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -47,7 +48,11 @@ from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys, channel_axis
 from fxcompress.codecs.dither import Dither
 from fxcompress.codecs.rotate import Rotate
 from fxcompress.codecs.subsample import Subsample
+from fxcompress.kernels import triton
 from fxcompress.persistent import persistent
+
+if TYPE_CHECKING:
+    from fxcompress.kernels.triton.transform import Place
 
 VERSION = 4  # bytes that tell by which version of its basis a payload was made (states.py)
 # Bits a coefficient, in the order of their numbers in a state's `rates`.
@@ -101,16 +106,37 @@ class Transform(Codec):
         if self._running_means():
             payload[at : at + 2 * len(mean)].view(torch.bfloat16).copy_(mean)
             at += _aligned(2 * len(mean))
-        z = self.forward(x, state, mean)
-        numbers = self._numbers(z, state)
+        z, numbers, order = self._ordered(x, state, mean)
         payload[VERSION : VERSION + (len(z) + 1) // 2] = _nibbles(numbers)
-        order = numbers.argsort(descending=True, stable=True)
+        start = 0
         for number, codec, count in self._classes():
-            bands, order = order[:count], order[count:]
-            part = codec.encode(z.index_select(0, bands), key, _stream(stream, number))
+            span = slice(start, start + count)
+            bands = z[span] if order is None else z.index_select(0, order[span])
+            part = codec.encode(bands, key, _stream(stream, number))
             payload[at : at + part.numel()] = part
-            at += _aligned(part.numel())
+            start, at = start + count, at + _aligned(part.numel())
         return True
+
+    def _ordered(
+        self, x: Tensor, state: Mapping[str, Tensor], mean: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(coefficients, rate of each band, the order of the bands by their rates).
+
+        The order is None where the coefficients are in it already.
+        """
+        place = self._place(x)
+        if place is None:
+            z = self.forward(x, state, mean)
+            numbers = self._numbers(_energies(z), state)
+            return z, numbers, numbers.argsort(descending=True, stable=True)
+        from fxcompress.kernels.triton import transform as gpu
+
+        energies = x.new_empty((place.tiles, place.bands), dtype=torch.float32)
+        triton.run(gpu.energies(x, mean, state["analysis"], place, energies))
+        numbers = self._numbers(energies.sum(0), state)
+        z = x.new_empty((place.bands, place.positions), dtype=torch.float32)
+        triton.run(gpu.analyse(x, mean, state["analysis"], place, _rows(numbers), z))
+        return z, numbers, None
 
     def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
         bands, state = self._bands(), states.of_version(self.basis, payload[:1])
@@ -119,22 +145,40 @@ class Transform(Codec):
         if self._running_means():
             mean = payload[at : at + 2 * len(mean)].view(torch.bfloat16).float()
             at += _aligned(2 * len(mean))
+        numbers, place = _numbers_of(payload[VERSION:], bands), self._place(x)
+        order = numbers.argsort(descending=True, stable=True)
         z = payload.new_empty((bands, positions), dtype=torch.float32)
-        order = _numbers_of(payload[VERSION:], bands).argsort(descending=True, stable=True)
+        start = 0
         for number, codec, count in self._classes():
-            here, order = order[:count], order[count:]
-            shape = [count, positions]
+            shape, span = [count, positions], slice(start, start + count)
             size = codec.payload_bytes(shape, torch.float32)
-            part = payload[at : at + size]
-            decoded = codec.decode(part, shape, torch.float32, key, _stream(stream, number))
-            z.index_copy_(0, here, decoded)
-            at += _aligned(size)
-        z.index_fill_(0, order, 0.0)  # what is dropped
+            part, own = payload[at : at + size], _stream(stream, number)
+            if place is None:
+                z.index_copy_(0, order[span], codec.decode(part, shape, torch.float32, key, own))
+            elif not codec.decode_kernel(part, z[span], key, own):
+                z[span] = codec.decode(part, shape, torch.float32, key, own)
+            start, at = start + count, at + _aligned(size)
+        if place is not None:
+            from fxcompress.kernels.triton import transform as gpu
+
+            given = (mean, state["synthesis"], place, _rows(numbers), x)
+            triton.run(gpu.synthesise(z[:start], *given))
+            return True
+        z.index_fill_(0, order[start:], 0.0)  # what is dropped
         axis, limit = channel_axis(self.channels, x.dim()), torch.finfo(x.dtype).max
         y = self._synthesise(z, state["synthesis"], x.shape)
         y.add_(mean).clamp_(-limit, limit)
         folded(x.movedim(axis, -1), self._sides()).copy_(y)
         return True
+
+    def _place(self, x: Tensor) -> Place | None:
+        """Where the kernels for x's device find its elements; None where ATen does the work."""
+        if not triton.takes(x, 1):
+            return None
+        from fxcompress.kernels.triton.transform import placed
+
+        width = states.arrays(self.basis)["analysis"].shape[-1]
+        return placed(x.shape, channel_axis(self.channels, x.dim()), self._sides(), width)
 
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
         raise AssertionError("made of other codecs, which have references of their own")
@@ -169,15 +213,15 @@ class Transform(Codec):
     def _coded(self, z: Tensor) -> Iterator[tuple[Codec, Tensor]]:
         """(codec, bands) of each rate that these coefficients would be coded at."""
         state = states.get(self.basis, z.device)
-        order = self._numbers(z, state).argsort(descending=True, stable=True)
+        order = self._numbers(_energies(z), state).argsort(descending=True, stable=True)
         for _, codec, count in self._classes():
             yield codec, order[:count]
             order = order[count:]
 
-    def _numbers(self, z: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    def _numbers(self, energies: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """The rate of each band, uint8: the highest where energy times weight now is largest."""
-        need = torch.linalg.vector_norm(z, dim=1).square() * state["weight"]
-        ranked = states.get(self.rates, z.device)["rates"]
+        need = energies * state["weight"]
+        ranked = states.get(self.rates, energies.device)["rates"]
         return torch.empty_like(ranked).index_copy_(0, need.argsort(descending=True), ranked)
 
     def _mean(self, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
@@ -185,7 +229,7 @@ class Transform(Codec):
         if not self._running_means():
             return state["mean"]
         axis = channel_axis(self.channels, x.dim())
-        mean = x.float().mean([i for i in range(x.dim()) if i != axis])
+        mean = x.mean([i for i in range(x.dim()) if i != axis], dtype=torch.float32)
         return mean.to(torch.bfloat16).float()
 
     def _running_means(self) -> int:
@@ -288,6 +332,16 @@ def folded(y: Tensor, sides: Sequence[int]) -> Tensor:
         y = y.unflatten(lead + 2 * i, (-1, side))
     inner = [lead + 2 * i + 1 for i in range(len(sides))]
     return y.permute(*inner, *(i for i in range(y.dim()) if i not in inner))
+
+
+def _energies(z: Tensor) -> Tensor:
+    """Of each band of coefficients."""
+    return torch.linalg.vector_norm(z, dim=1).square()
+
+
+def _rows(numbers: Tensor) -> Tensor:
+    """Where each band stands if bands are ordered by their rates."""
+    return numbers.argsort(descending=True, stable=True).argsort()
 
 
 @cache
