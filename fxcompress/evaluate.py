@@ -147,6 +147,7 @@ def _multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 _STAND_INS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(torch_private.multiply_add_ops(), _multiply_add),
+    torch.ops.prims.convert_element_type.default: lambda a, dtype: a.to(dtype),
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_cpu,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_gpu,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_gpu,

@@ -183,6 +183,37 @@ def test_batches_may_be_tuples_and_dicts() -> None:
     assert found[0].graphs[0].signature == found[1].graphs[0].signature
 
 
+class Cast(nn.Module):
+    """Under autocast the backward converts dtypes, by an op that has no derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.layers(x).float()
+
+
+class Dropped(nn.Module):
+    """With dropout inside, attention is written out; its softmax' backward has a fused product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.project(x).view(2, -1, 2, 24).transpose(1, 2).chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(*parts, dropout_p=0.1)
+
+
+@pytest.mark.parametrize("model", [Cast, Dropped])
+def test_ops_without_a_derivative_are_differentiated(model: type[nn.Module]) -> None:
+    (graph,) = calibrate(model(), torch.randn(32, 16), min_bytes=0).graphs
+    prices = [p.variance for t in graph.tensors.values() for p in t.prices.values()]
+    assert max(prices) > 0
+
+
 @pytest.mark.parametrize(
     ("model", "batches", "remedy"),
     [
