@@ -150,21 +150,24 @@ def analyse(cut: Cut, min_bytes: int, *, channels_last: bool = False) -> tuple[C
 def _read(start: fx.Node, tainted: set[fx.Node]) -> _Readers:
     """Walk from a saved tensor along its readers; see the module docstring."""
     found = _Readers()
-    # State of a path: has it been linear all the way, and did another tensor join it.
-    pending: list[tuple[fx.Node, bool, bool]] = [(start, True, False)]
-    seen: set[tuple[fx.Node, bool, bool]] = set()
+    # State of a path: has it been linear all the way, did another tensor join it, and can its
+    # elements be zero where an element of the tensor is.
+    pending: list[tuple[fx.Node, bool, bool, bool]] = [(start, True, False, True)]
+    seen: set[tuple[fx.Node, bool, bool, bool]] = set()
     lineage = {start}
     while pending:
         state = pending.pop()
         if state in seen:
             continue
         seen.add(state)
-        node, linear, joined = state
+        node, linear, joined, vanishes = state
         for reader in node.users:
             if reader.op == "output":
                 found.keep = found.keep or "returned by the backward as it is"
             elif prop.reads_shape_only(reader, node):
                 continue
+            elif vanishes and prop.has_pole(reader, node):
+                found.keep = found.keep or f"{prop.op_name(reader)} has a pole"
             elif reader in tainted:
                 _read_with_gradient(node, reader, found)
             elif prop.is_integer(reader):
@@ -183,6 +186,7 @@ def _read(start: fx.Node, tainted: set[fx.Node]) -> _Readers:
                         reader,
                         linear and _is_linear_in_one(reader, lineage),
                         joined or _joins_another(reader, lineage),
+                        vanishes and prop.can_vanish(reader),
                     )
                 )
     return found

@@ -101,6 +101,20 @@ _EXPONENTIAL = frozenset(
     """.split()  # noqa: SIM905 (a list of words reads better than a column)
 )
 
+# Infinite where their input is zero; noise can carry a small input there.
+_POLES = frozenset(
+    """
+    reciprocal rsqrt log log2 log10
+    """.split()  # noqa: SIM905 (a list of words reads better than a column)
+)
+
+# Never zero, whatever their input: `1 / (1 + exp(x))` has no pole.
+_POSITIVE = frozenset(
+    """
+    exp exp2 sigmoid cosh
+    """.split()  # noqa: SIM905 (a list of words reads better than a column)
+)
+
 # Ops along which an error stays in proportion: between a saved tensor and an exponential, these
 # do not tame it.
 _LINEAR = frozenset(
@@ -235,6 +249,23 @@ def is_step(node: fx.Node) -> bool:
 
 def is_exponential(node: fx.Node) -> bool:
     return op_name(node) in _EXPONENTIAL
+
+
+def has_pole(node: fx.Node, argument: fx.Node) -> bool:
+    """``node`` divides by ``argument``, or takes its logarithm."""
+    name = op_name(node)
+    if name == "div":
+        return 1 in _positions(node, argument)
+    if name == "pow":
+        exponent = node.args[1]
+        negative = isinstance(exponent, int | float) and exponent < 0
+        return negative and 0 in _positions(node, argument)
+    return name in _POLES
+
+
+def can_vanish(node: fx.Node) -> bool:
+    """Computed element by element, by an op that can return zero."""
+    return (is_pointwise(node) and op_name(node) not in _POSITIVE) or is_view(node)
 
 
 def is_linear(node: fx.Node) -> bool:

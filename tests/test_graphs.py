@@ -468,6 +468,26 @@ def test_opaque_reader_keeps_its_tensor() -> None:
     assert not encodes(recorder.after)
 
 
+@pytest.mark.parametrize(
+    ("read", "why"),
+    [
+        (lambda y: F.binary_cross_entropy(y.clamp(0, 1), torch.ones_like(y)), "div has a pole"),
+        (lambda y: (y * y).log(), "div has a pole"),
+        (lambda y: 1 / (1 + y.exp()), ""),
+        (lambda y: F.layer_norm(y, (16,)), ""),
+    ],
+    ids=["cross_entropy", "log", "logistic", "layer_norm"],
+)
+def test_what_is_divided_by_is_kept(read: Callable[[Tensor], Tensor], why: str) -> None:
+    """Rounded to zero, it would make gradients infinite; a sum or an exponential is none of it."""
+    layer = nn.Linear(16, 16)
+    recorder = record(lambda x: read(layer(x)), torch.randn(64, 16), policy="uniform4")
+    poles = {t.reason for t in recorder.plan.tensors if "pole" in t.reason}
+    assert poles == ({why} if why else set())
+    if not why:
+        assert [e for e in encodes(recorder.after) if spec_of(e).startswith("affine")]
+
+
 # --- checkpointing --------------------------------------------------------------------------------
 
 
