@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import table  # noqa: E402
 from subject import Subject  # noqa: E402
 from trial import FAILED, Row, attempt  # noqa: E402
 
@@ -31,6 +33,9 @@ def main() -> int:
     args = _arguments()
     if args.worker:
         return _work(args.worker, args.inner, args.rows, predict=args.predict)
+    if args.table:
+        table.write(sorted(read(args.rows), key=lambda r: order(r.name)), HERE / "RESULTS.md")
+        return 0
     names = [
         s.name
         for family in args.families
@@ -44,6 +49,13 @@ def main() -> int:
         chunk, todo = todo[:CHUNK], todo[CHUNK:]
         todo = _supervise(chunk, args) + todo
     return _summary(r for r in read(args.rows) if r.inner == args.inner and r.name in set(names))
+
+
+def order(name: str) -> tuple[int, str]:
+    """Families as they are tried, names as people count."""
+    family, _, rest = name.partition(":")
+    numbered = re.sub(r"\d+", lambda n: n[0].zfill(4), rest)
+    return list(FAMILIES).index(family), numbered
 
 
 def subjects(family: str) -> list[Subject]:
@@ -115,6 +127,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--inner", choices=("graphs", "aot_eager", "inductor"), default="graphs")
     parser.add_argument("--predict", action="store_true", help="calibrate, and predict the noise")
     parser.add_argument("--again", action="store_true", help="also those that have a row")
+    parser.add_argument("--table", action="store_true", help="only write RESULTS.md from the rows")
     parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
