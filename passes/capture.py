@@ -111,9 +111,20 @@ def pair(
 
 
 def receive(backward: fx.GraphModule, value: fx.Node, after: fx.Node) -> fx.Node:
-    """A placeholder of the backward for one more value of the forward."""
+    """A placeholder of the backward for one more value of the forward, under its name.
+
+    The name is what :func:`pair` knows it by. Where the backward computes the same value again, a
+    node of its own has that name already: it gets another.
+    """
+    names = {node.name: node for node in backward.graph.nodes}
+    if value.name in names:
+        other = f"{value.name}_again"
+        while other in names:
+            other += "_"
+        names[value.name].name = other
     with backward.graph.inserting_after(after):
         node = backward.graph.placeholder(value.name)
+    node.name = value.name
     node.meta = dict(value.meta)
     return node
 

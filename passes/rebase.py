@@ -12,7 +12,7 @@ from torch import fx
 
 from fxcompress import torch_private
 from fxcompress.passes import properties as prop
-from fxcompress.passes.capture import Cut, Saved, output_node, pair
+from fxcompress.passes.capture import Cut, Saved, output_node, pair, receive
 
 
 def rebase(cut: Cut) -> Cut:
@@ -42,10 +42,7 @@ def rebase(cut: Cut) -> Cut:
 def _save_root(cut: Cut, root: fx.Node, views: list[Saved]) -> None:
     graph = cut.backward.graph
     first = views[0]
-    with graph.inserting_after(first.backward):
-        received = graph.placeholder(f"{root.name}_base")
-    received.name = root.name
-    received.meta = dict(root.meta)
+    received = receive(cut.backward, root, first.backward)
     torch_private.copy_unchecked_mark(first.forward, root)
     torch_private.copy_unchecked_mark(first.forward, received)
     for view in views:

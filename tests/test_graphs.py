@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 )
 
 from fxcompress import Plan, report, torch_private
-from fxcompress.passes.capture import Cut, output_args, pair, placeholders
+from fxcompress.passes.capture import Cut, output_args, pair, placeholders, receive
 from fxcompress.passes.properties import storage_root
 from fxcompress.pipeline import Partitioner
 from fxcompress.settings import make
@@ -329,6 +329,19 @@ def test_the_forward_computes_what_it_computed(coded: Recorder) -> None:
     ours, plain = output_args(coded.after.forward), output_args(coded.before.forward)
     for mine, theirs in zip(ours[:count], plain[:count], strict=True):
         assert formula(mine) == formula(theirs)
+
+
+def test_a_received_value_has_its_name_to_itself() -> None:
+    """The backward may compute the same value again, under the same name."""
+    forward = fx.symbolic_trace(lambda x: torch.sin(x) + 1)
+    backward = fx.symbolic_trace(lambda x: torch.cos(torch.sin(x)))
+    (sent,) = (n for n in forward.graph.nodes if n.name == "sin")
+    received = receive(backward, sent, placeholders(backward)[0])
+    assert received.name == "sin"
+    backward.graph.lint()
+    backward.recompile()
+    x = torch.randn(5)
+    assert torch.equal(backward(x, torch.zeros(5)), torch.cos(torch.sin(x)))
 
 
 def test_one_key_a_step(coded: Recorder) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from trial import BIASED, FAILED, NOTHING, PASSED, PLAIN_FAILS, Row
+from trial import BIASED, FAILED, FELL_BACK, NOTHING, PASSED, PLAIN_FAILS, Row
 
 HEAD = """\
 # Models tried
@@ -21,6 +21,7 @@ batch 2, every saved tensor coded however small (`min_bytes=0`).
   bit but for `inductor` (*lossless error*, relative); under `uniform4`, outputs equal, gradients
   finite, their mean over seeds within chance of the exact ones or off by less than 0.3 of the
   noise; `biased`: off by more. `nothing saved`: no activation is saved, so there is nothing to do.
+  `fell back`: all of it is left as plain would have it.
   `plain fails`: torch.compile without us cannot train it, for the reason given.
 - *lossless*, *4 bits*: plain's saved bytes over ours. *noise*, *bias*: of the whole gradient,
   relative, of `uniform4`. *predicted*: the noise that a calibration on the step predicts.
@@ -56,7 +57,7 @@ def write(rows: Sequence[Row], path: Path) -> None:
 def _count(rows: Sequence[Row]) -> str:
     models = {r.name for r in rows}
     counts = Counter(r.status for r in rows)
-    each = (PASSED, NOTHING, PLAIN_FAILS, BIASED, FAILED)
+    each = (PASSED, NOTHING, PLAIN_FAILS, FELL_BACK, BIASED, FAILED)
     found = ", ".join(f"{counts[status]} {status}" for status in each if counts[status])
     return f"{len(models)} models, {len(rows)} trials: {found}"
 

@@ -378,7 +378,7 @@ def subjects() -> list[Subject]:
             f"transformers:{a.type}",
             partial(_make, a),
             representative=a.representative,
-            predict=a.representative,
+            predict=False,
         )
         for a in ARCHITECTURES
     ]

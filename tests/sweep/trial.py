@@ -19,7 +19,7 @@ from fxcompress.settings import make
 
 GRAPHS = "graphs"
 PASSED, PLAIN_FAILS, FAILED, NOTHING = "passed", "plain fails", "FAILED", "nothing saved"
-BIASED = "biased"
+BIASED, FELL_BACK = "biased", "fell back"
 BIAS_SHARE = 0.3  # of the noise; layer and batch norm read a decoded tensor twice
 
 
@@ -32,7 +32,7 @@ class Row:
             ours.
         status: PASSED, NOTHING (no activation is saved, so there is nothing to do), PLAIN_FAILS
             (torch.compile without us cannot train it), BIASED (by more than BIAS_SHARE of the
-            noise) or FAILED.
+            noise), FELL_BACK (all of it is left as plain would have it) or FAILED.
         reason: why, where it did not pass; for one that did, graphs left as they were and why.
         graphs: compiled for training.
         saved_mb: by plain torch.compile, 1e6 bytes.
@@ -136,7 +136,7 @@ def _graphs(subject: Subject) -> Row:
     row = replace(row, graphs=len(graphs), reason=lossless.note, difference=0.0)
     row = replace(row, saved_mb=plan.saved_bytes_before / 1e6, lossless_ratio=_ratio(lossless))
     if not plan.tensors:
-        return replace(row, status=NOTHING)
+        return replace(row, status=_without_tensors(plan))
     noises = [g.noise for g in graphs if g.noise is not None]
     norm = sum(n.norm for n in noises) or 1.0
     noise, bias = (math.sqrt(sum(getattr(n, k) for n in noises) / norm) for k in ("noise", "bias"))
@@ -182,10 +182,10 @@ def _plain_then_ours(subject: Subject, inner: str, predict: bool) -> Row:
         return replace(row, status=PLAIN_FAILS, reason="torch.compile compiles no part of it")
     plan = lossless.backend.plan()
     _check_notes(plan.note)
-    row = replace(row, graphs=plan.graphs, difference=difference, reason=_fallbacks(plan))
+    row = replace(row, graphs=plan.graphs, difference=difference, reason=plan.note)
     row = replace(row, saved_mb=plan.saved_bytes_before / 1e6, lossless_ratio=_ratio(plan))
     if not plan.tensors:
-        return replace(row, status=NOTHING)
+        return replace(row, status=_without_tensors(plan))
 
     calibration = None
     if predict:
@@ -280,8 +280,8 @@ def _check_notes(note: str) -> None:
         raise Mismatch(note)
 
 
-def _fallbacks(plan: fxcompress.Plan) -> str:
-    return plan.note
+def _without_tensors(plan: fxcompress.Plan) -> str:
+    return NOTHING if "nothing is saved" in plan.note else FELL_BACK
 
 
 def _short(error: BaseException) -> str:
