@@ -56,7 +56,7 @@ def write(rows: Sequence[Row], path: Path) -> None:
 
 
 def _count(rows: Sequence[Row]) -> str:
-    models = {r.name for r in rows}
+    models = {r.name.partition("[")[0] for r in rows}
     counts = Counter(r.status for r in rows)
     each = (PASSED, NOTHING, PLAIN_FAILS, FELL_BACK, BIASED, FAILED)
     found = ", ".join(f"{counts[status]} {status}" for status in each if counts[status])
