@@ -15,7 +15,7 @@ from fxcompress.pareto import Point, max_batch, pareto
 from fxcompress.plan import Plan, TensorPlan
 from fxcompress.policies import policies
 from fxcompress.region import policy
-from fxcompress.rng import manual_seed
+from fxcompress.rng import manual_seed, noise
 
 __all__ = [
     "BudgetError",
@@ -37,6 +37,7 @@ __all__ = [
     "explain",
     "manual_seed",
     "max_batch",
+    "noise",
     "pareto",
     "policies",
     "policy",

@@ -56,7 +56,7 @@ class Backend:
         except FxCompressError as error:
             return _refusal(error)
         if settings.seed is not None:
-            rng.manual_seed(settings.seed)
+            rng.use_setting(settings.seed, begin=False)
         again_wanted = settings.replan_every is not None and all(
             isinstance(x, torch.Tensor) for x in inputs
         )
@@ -205,7 +205,10 @@ def backend(budget_mb: float | None = None, **settings: Any) -> Backend:
     """
     if budget_mb is not None:
         settings["budget_mb"] = budget_mb
-    return Backend(make(**settings))
+    made = make(**settings)
+    if made.seed is not None:
+        rng.use_setting(made.seed, begin=True)
+    return Backend(made)
 
 
 def fxcompress(
@@ -268,7 +271,7 @@ def enabled(budget_mb: float | None = None, **settings: Any) -> Iterator[Enabled
         settings["budget_mb"] = budget_mb
     made = make(**settings)
     if made.seed is not None:
-        rng.manual_seed(made.seed)
+        rng.use_setting(made.seed, begin=True)
     found = Enabled(Partitioner(made, Ledger()))
     patches = {"custom_partitioner_fn": found.partitioner, **_memory_options(made)}
     with torch_private.inductor_patched(patches), report.listening(found.learn):

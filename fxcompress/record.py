@@ -102,7 +102,11 @@ class Recorder:
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return torch_private.compile_interpreted(
-            module, inputs, _RecordingPartitioner(self), self._runner
+            module,
+            inputs,
+            _RecordingPartitioner(self),
+            self._runner,
+            fallback_random=self.inner == "aot_eager",
         )
 
     def recordings(self) -> tuple[Recording, ...]:

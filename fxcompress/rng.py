@@ -15,11 +15,13 @@ dropout and data order are those of a run without compression.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fxcompress.errors import FxCompressError
 from fxcompress.persistent import persistent
 
 MASK = 0xFFFFFFFF
@@ -71,6 +73,7 @@ _lock = threading.Lock()
 _explicit: int | None = None  # set by manual_seed
 _source: tuple[int, int] | None = None  # (seed, rank) last seen; another one restarts the counters
 _seed = 0  # the seed in use: that of _source, or the one set_state brought back
+_restored = False  # by set_state, and no key was drawn since
 _counters: dict[str, int] = {"cpu": 0}  # of CPU, and of devices restored but not used yet
 _device_states: dict[str, Tensor] = {}  # int64[2] = [base, counter], living on the device
 
@@ -108,12 +111,18 @@ def _restart() -> None:
 
 
 def _follow_seed() -> None:
-    """Restart from counter 0 where the user's seed, or the rank, is not the last one seen."""
+    """Restart from counter 0 where the user's seed, or the rank, is not the last one seen.
+
+    A checkpoint has PyTorch's random state as well, and loading that changes the seed, too: to the
+    one that our own state, if it was loaded before, has already brought back.
+    """
     global _source, _seed
     source = (torch.initial_seed() if _explicit is None else _explicit, _rank())
     if source != _source:
+        is_loaded = _restored and source[0] == _seed
         _source, _seed = source, source[0]
-        _restart()
+        if not is_loaded:
+            _restart()
 
 
 def _device_state(device: torch.device) -> Tensor:
@@ -142,15 +151,18 @@ def next_key(device: torch.device) -> Tensor:
     On CUDA the state lives on the device: no sync, and a replayed CUDA graph advances it. A
     replay runs no Python, so there only `manual_seed` (not `torch.manual_seed`) restarts it.
     """
+    global _restored
     with _lock:
         if device.type == "cpu":
             _follow_seed()
+            _restored = False
             counter = _counters["cpu"]
             _counters["cpu"] = counter + 1
             return torch.tensor([_base(), counter], dtype=torch.int64)
         # A restart during capture would be replayed every step.
         if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             _follow_seed()
+            _restored = False
         state = _device_state(device)
         key = state.clone()
         state[1].add_(1)
@@ -162,10 +174,20 @@ def manual_seed(seed: int | None) -> None:
 
     None goes back to following `torch.manual_seed`, from step 0 too.
     """
-    global _explicit, _source
+    global _explicit, _source, _restored
     with _lock:
-        _explicit, _source = seed, None
+        _explicit, _source, _restored = seed, None, False
         _follow_seed()
+
+
+def use_setting(seed: int, *, begin: bool) -> None:
+    """Use `seed`, as `manual_seed` does, but let a stream of this seed that is under way go on.
+
+    begin: a run begins, so from step 0, unless a checkpoint was just loaded; else a graph is
+    compiled, perhaps in mid-training, for a new shape.
+    """
+    if _explicit != seed or (begin and not _restored):
+        manual_seed(seed)
 
 
 def get_state() -> dict[str, Any]:
@@ -180,13 +202,57 @@ def get_state() -> dict[str, Any]:
         return {"explicit_seed": _explicit, "seed": _seed, "counters": {**_counters, **used}}
 
 
-def set_state(state: dict[str, Any]) -> None:
-    """Continue from a state of `get_state`, until the user seeds again."""
-    global _explicit, _source, _seed
+def set_state(state: Mapping[str, Any]) -> None:
+    """Continue from a state of `get_state`, until the user seeds again.
+
+    Raises:
+        FxCompressError: not such a state.
+    """
+    global _explicit, _source, _seed, _restored
+    explicit, seed, counters = _checked(state)
     with _lock:
-        _explicit, _source = state["explicit_seed"], None
+        _explicit, _source = explicit, None
         _follow_seed()
-        _seed = state["seed"]
-        _counters.update(state["counters"])
+        _seed, _restored = seed, True
+        _counters.update(counters)
         for name, device_state in _device_states.items():
             _write(device_state, _counters.pop(name, 0))
+
+
+def _checked(state: Mapping[str, Any]) -> tuple[int | None, int, dict[str, int]]:
+    try:
+        explicit, seed, counters = (state[k] for k in ("explicit_seed", "seed", "counters"))
+        numbers = [seed, *counters.values(), *([] if explicit is None else [explicit])]
+        if all(type(n) is int for n in numbers) and all(type(k) is str for k in counters):
+            return explicit, seed, dict(counters)
+    except (TypeError, KeyError, AttributeError):
+        pass
+    raise FxCompressError(
+        "this is no state of the noise: load what fxcompress.noise.state_dict() gave when the "
+        "checkpoint was saved"
+    )
+
+
+class Noise:
+    """The noise of this process as an object with a state, as checkpoints want it.
+
+    A run that is resumed with it draws, step by step, the noise that it would have drawn:
+
+    >>> import fxcompress, torch
+    >>> checkpoint = {"noise": fxcompress.noise.state_dict(), "torch": torch.get_rng_state()}
+    >>> fxcompress.noise.load_state_dict(checkpoint["noise"])
+
+    `accelerator.register_for_checkpointing(fxcompress.noise)` and `torch.distributed.checkpoint`
+    take the object itself. Load PyTorch's random state before or after, but seed nothing later.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `get_state`."""
+        return get_state()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """See `set_state`."""
+        set_state(state_dict)
+
+
+noise = Noise()

@@ -495,13 +495,19 @@ def compile_interpreted(
     inputs: Sequence[Any],
     partitioner: object,
     make: Callable[[torch.fx.GraphModule, bool], Callable[[Sequence[Any]], Any]],
+    *,
+    fallback_random: bool = False,
 ) -> Callable[..., Any]:
     """As `compile_with_inductor` up to code generation; ``make(graph, is_backward)`` gives what
     runs each graph: a function from the list of its inputs to the list of its outputs.
 
+    fallback_random: PyTorch's own random numbers, as in the graphs of `compile_with_aot_eager`;
+    the decompositions are then those without that setting, as there.
+
     `compile_fx(inner_compile=…)` (2.0 to 2.15) with an `OutputCode` (2.6 to 2.15) of our own.
     """
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.output_code import OutputCode
 
     class Interpreted(OutputCode):  # type: ignore[misc]
@@ -522,12 +528,17 @@ def compile_interpreted(
 
     patches = {
         "custom_partitioner_fn": partitioner,
+        "fallback_random": fallback_random,
         "fx_graph_cache": False,
         "fx_graph_remote_cache": False,
     }
     with torch._functorch.config.patch(enable_autograd_cache=False):
         compiled: Any = compile_fx(
-            module, list(inputs), inner_compile=inner, config_patches=patches
+            module,
+            list(inputs),
+            inner_compile=inner,
+            config_patches=patches,
+            decompositions=select_decomp_table(),
         )
     return compiled  # type: ignore[no-any-return]
 
