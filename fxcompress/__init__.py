@@ -5,6 +5,7 @@ torch.compile(model, backend=fxcompress.backend(budget_mb=4000))
 
 __version__ = "0.1.0"
 
+import fxcompress.torch_private  # noqa: F401  (first: it refuses a PyTorch that we do not know)
 from fxcompress.actnn import QModule, set_optimization_level
 from fxcompress.backend import backend, disable, enable, enabled, explain
 from fxcompress.calibrate import calibrate

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import torch
 from torch import fx
 from torch.utils import flop_counter
 
-from fxcompress import __version__, torch_private
+from fxcompress import __version__, files, schema, torch_private
 from fxcompress.codecs import codec, states
 from fxcompress.codecs.transform import RATES, Transform, coder
 from fxcompress.passes.analyse import Candidate, saved_bytes
@@ -32,6 +33,7 @@ from fxcompress.passes.rewrite import Choice
 log = logging.getLogger("fxcompress")
 
 FORMAT = 3
+LARGEST_FILE = 1 << 20
 # Each saved byte is written, read again in the backward, and has a gradient that is written and
 # read, and as much again is moved on the way: an estimate for what no matrix product counts.
 MOVES = 6
@@ -56,6 +58,12 @@ class Rates:
     basis: float
     flops: float
     bytes: float
+
+    @property
+    def is_sound(self) -> bool:
+        """Finite, and nothing that is divided by is 0."""
+        numbers = (*self.coders.values(), self.basis, self.flops, self.bytes)
+        return all(map(math.isfinite, numbers)) and min(self.flops, self.bytes) > 0
 
 
 @dataclass(frozen=True)
@@ -100,18 +108,14 @@ def rates(device: str) -> Rates:
     name = f"rates-{__version__}-{FORMAT}-{device}.json"
     path = torch_private.cache_dir() / "fxcompress" / name
     try:
-        return Rates(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        found = schema.build(Rates, files.read_json(path, LARGEST_FILE))
+        if found.is_sound:
+            return found
+    except (OSError, ValueError):
         pass
     with torch_private.outside_compile(), torch.no_grad(), torch.random.fork_rng(), _one_thread():
         found = _measure(torch.device(device))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".{time.monotonic_ns()}")
-        fresh.write_text(json.dumps(asdict(found)), encoding="utf-8")
-        fresh.replace(path)
-    except OSError as error:
-        log.info("the table of codec times is not kept: %s", error)
+    files.keep(path, json.dumps(asdict(found)))
     return found
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fxcompress.choose import bytes_of, mask_bytes
 from fxcompress.codecs import codec
 from fxcompress.decision import Baseline, Decision
+from fxcompress.evidence import TensorEvidence
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.rewrite import KEEP, Choice
@@ -18,8 +19,17 @@ from fxcompress.provenance import module_path, source_line
 from fxcompress.settings import Settings
 
 
-def describe(decision: Decision, plain: Baseline, settings: Settings) -> Plan:
-    """The decision as data for the report: a row for each tensor that plain Inductor saves."""
+def describe(
+    decision: Decision,
+    plain: Baseline,
+    settings: Settings,
+    evidence: Mapping[str, TensorEvidence] | None = None,
+) -> Plan:
+    """The decision as data for the report: a row for each tensor that plain Inductor saves.
+
+    Args:
+        evidence: what calibration measured, by tensor name: says how biased a biased codec is.
+    """
     masks = mask_bytes(decision.choices)
     chosen = {c.candidate.name: c for c in decision.choices}
     before = {c.name: c.storage_bytes for c in plain.candidates}
@@ -39,7 +49,7 @@ def describe(decision: Decision, plain: Baseline, settings: Settings) -> Plan:
     return Plan(
         policy=settings.policy,
         budget_mb=settings.budget_mb,
-        tensors=tuple(rows),
+        tensors=tuple(_with_bias(row, (evidence or {}).get(row.name)) for row in rows),
         plain_peak_bytes=plain.whole_peak,
         planned_peak_bytes=decision.planned_peak,
         note=decision.note,
@@ -64,6 +74,14 @@ def _noise_of(choice: Choice, options: Sequence[Option]) -> float | None:
     return next(
         (o.noise for o in options if o.choice.representation == choice.representation), None
     )
+
+
+def _with_bias(row: TensorPlan, evidence: TensorEvidence | None) -> TensorPlan:
+    spec = row.representation
+    if "(" not in spec or codec(spec).unbiased:
+        return row
+    price = evidence.prices.get(spec) if evidence is not None else None
+    return replace(row, biased=True, predicted_bias=None if price is None else price.bias)
 
 
 def _rebuilt(candidate: Candidate) -> TensorPlan:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx
 
+from fxcompress import files, schema
 from fxcompress.codecs import states
 from fxcompress.errors import FxCompressError
 from fxcompress.passes.capture import Cut, output_args
@@ -106,27 +107,13 @@ class Calibration:
             FxCompressError: not a calibration, or one of another format version.
         """
         try:
-            data: dict[str, Any] = json.loads(text)
-            if data.pop("format") != FORMAT:
-                raise FxCompressError(
-                    "this calibration was written by another version of fxcompress; make it again "
-                    "with fxcompress.calibrate(model, batch).save(path)"
-                )
-            for text in data["states"].values():
-                states.restore(base64.b64decode(text))
-            graphs = tuple(
-                GraphEvidence(
-                    str(graph["signature"]),
-                    {str(name): _tensor(row) for name, row in graph["tensors"].items()},
-                )
-                for graph in data["graphs"]
-            )
-            return Calibration(graphs, str(data["weighting"]), int(data["batches"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return _calibration(files.parse_json(text))
+        except ValueError as error:
             raise FxCompressError(f"not a calibration file: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write it for :meth:`load`: whole or not at all."""
+        files.write(Path(path), self.to_json())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Calibration:
@@ -140,11 +127,9 @@ class Calibration:
                 f"there is no calibration at {path}: make one with "
                 "fxcompress.calibrate(model, batch).save(path)"
             )
-        if Path(path).stat().st_size > LARGEST_FILE:
-            raise FxCompressError(f"{path} is larger than any calibration: not one of ours")
         try:
-            return Calibration.from_json(Path(path).read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
+            return _calibration(files.read_json(Path(path), LARGEST_FILE))
+        except ValueError as error:
             raise FxCompressError(f"not a calibration file: {error}") from error
 
     def key(self) -> str:
@@ -168,12 +153,16 @@ def signature(cut: Cut) -> str:
     return hashlib.sha256("\n".join([*lines, str(trained)]).encode()).hexdigest()[:24]
 
 
-def _tensor(row: dict[str, Any]) -> TensorEvidence:
-    return TensorEvidence(
-        {str(k): Price(float(v["variance"]), float(v["bias"])) for k, v in row["prices"].items()},
-        {float(k): str(v) for k, v in row["transforms"].items()},
-        float(row["norm_price"]),
-        tuple(float(r) for r in row["sample_ranges"]),
-        float(row["grad_square"]),
-        int(row["elements"]),
-    )
+def _calibration(data: Any) -> Calibration:
+    if not isinstance(data, dict) or "format" not in data:
+        raise ValueError("no format is named")
+    if data.pop("format") != FORMAT:
+        raise FxCompressError(
+            "this calibration was written by another version of fxcompress; make it again "
+            "with fxcompress.calibrate(model, batch).save(path)"
+        )
+    held = schema.value(Mapping[str, str], data.pop("states", None), "states")
+    found = schema.build(Calibration, data)
+    for text in held.values():
+        states.restore(base64.b64decode(text, validate=True))
+    return found

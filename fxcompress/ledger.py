@@ -6,9 +6,13 @@ piece of user code (one Dynamo frame) has one line; recompiling it for new shape
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 from fxcompress import report, torch_private
+from fxcompress.errors import FxCompressError
+
+log = logging.getLogger("fxcompress")
 
 
 @dataclass
@@ -39,8 +43,13 @@ class Ledger:
 
     def learn(self, plan_key: str, frame: object = None) -> None:
         """Count a graph that runs without having been compiled here: from the on-disk cache."""
-        if plan_key not in self.plans:
+        if plan_key in self.plans:
+            return
+        try:
             self._count(plan_key, plan_key if frame is None else frame)
+        except FxCompressError as error:  # in mid-training: no reason to stop it
+            self.plans.add(plan_key)
+            log.warning("other graphs do not know what this one saves: %s", error)
 
     def _count(self, plan_key: str, frame: object) -> None:
         plan = report.read(plan_key)

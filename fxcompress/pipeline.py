@@ -177,6 +177,7 @@ def plan_graph(cut: Cut, settings: Settings, reserved: int = 0, reserved_plain: 
         return Planned(cut, None, plan, channels_last, (), plain, reserved)
     cut = recompute(cut, settings.min_bytes)
     candidates = analyse(cut, settings.min_bytes, channels_last=channels_last)
+    evidence = _evidence(cut, settings)
     decision = make_plan(
         cut,
         candidates,
@@ -184,9 +185,9 @@ def plan_graph(cut: Cut, settings: Settings, reserved: int = 0, reserved_plain: 
         settings,
         reserved,
         channels_last=channels_last,
-        evidence=_evidence(cut, settings),
+        evidence=evidence,
     )
-    plan = located(describe(decision, plain, settings), cut)
+    plan = located(describe(decision, plain, settings, evidence), cut)
     if all(tensor.representation == KEEP for tensor in plan.tensors):
         unchanged = replace(plan, note="nothing to gain", planned_peak_bytes=plain.peak)
         return Planned(cut, None, unchanged, channels_last, candidates, plain, reserved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fxcompress import files, schema
 from fxcompress.errors import FxCompressError
 
 FORMAT = 2
+LARGEST_FILE = 64 << 20  # bytes; a plan of a thousand tensors takes some 2 MB
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,10 @@ class TensorPlan:
         alternatives: what else it could have been, from the least noise on.
         alive: the first and the last moment of the plan's timeline at which it is held; None where
             it is not saved.
+        biased: its codec is off on average, by nature: over many steps noise averages out, this
+            does not.
+        predicted_bias: squared bias that the representation adds to the parameter gradients, over
+            their squared norm; 0 where it is unbiased, None where nobody measured it.
     """
 
     name: str
@@ -92,6 +99,8 @@ class TensorPlan:
     predicted_variance: float | None = 0.0
     alternatives: tuple[Alternative, ...] = ()
     alive: tuple[int, int] | None = None
+    biased: bool = False
+    predicted_bias: float | None = 0.0
 
     @property
     def numel(self) -> int:
@@ -149,6 +158,23 @@ class Plan:
         return sum(t.predicted_variance or 0.0 for t in self.tensors)
 
     @property
+    def bias(self) -> str:
+        """Which of its codecs are biased, and by how much; empty if none is."""
+        found = [t for t in self.tensors if t.biased]
+        if not found:
+            return ""
+        families = Counter(t.representation.partition("(")[0] for t in found)
+        names = ", ".join(f"{name} ×{count}" for name, count in families.items())
+        known = sum(t.predicted_bias or 0.0 for t in found)
+        unknown = sum(t.predicted_bias is None for t in found)
+        size = (
+            f"by {known:.2g} of the gradient's squared norm"
+            if not unknown
+            else f"by how much was not measured for {unknown}: fxcompress.check(model, batch) does"
+        )
+        return f"biased by nature: {names}; {size}"
+
+    @property
     def saved_bytes_before(self) -> int:
         """Bytes of saved activations under plain Inductor, each storage counted once."""
         return sum(t.storage_bytes for t in self.tensors)
@@ -169,29 +195,25 @@ class Plan:
             FxCompressError: not a plan, or one of another format version.
         """
         try:
-            data: dict[str, Any] = json.loads(text)
-            if data.pop("format") != FORMAT:
-                raise FxCompressError(
-                    "this plan file was written by another version of fxcompress; make it again "
-                    "with fxcompress.explain(model).save(path)"
-                )
-            moments = tuple(Moment(**row) for row in data.pop("timeline"))
-            tensors = tuple(_tensor(row) for row in data.pop("tensors"))
-            measured = tuple(data.pop("measured", ()))
-            return Plan(tensors=tensors, timeline=moments, measured=measured, **data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return _plan(files.parse_json(text))
+        except ValueError as error:
             raise FxCompressError(f"not a plan file: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json())
+        """Write it for :meth:`load`: whole or not at all."""
+        files.write(Path(path), self.to_json())
 
     @staticmethod
     def load(path: str | Path) -> Plan:
+        """Read what :meth:`save` wrote, wherever it comes from: it is data, and checked as such.
+
+        Raises:
+            FileNotFoundError. FxCompressError: see :meth:`from_json`; or far too large.
+        """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
+            return _plan(files.read_json(Path(path), LARGEST_FILE))
+        except ValueError as error:
             raise FxCompressError(f"not a plan file: {error}") from error
-        return Plan.from_json(text)
 
     def key(self) -> str:
         """Content hash: what a compiled graph carries to name the plan it was built from."""
@@ -210,7 +232,8 @@ class Plan:
             f"{_mb(self.saved_bytes)} MB, planned peak {_mb(self.plain_peak_bytes)} → "
             f"{_mb(self.planned_peak_bytes)} MB"
         )
-        table = Table(title=title, caption=self.note or None)
+        notes = [note for note in (self.note, self.bias) if note]
+        table = Table(title=title, caption="; ".join(notes) or None)
         for column in ("tensor", "module", "shape", "dtype", "representation"):
             table.add_column(column, overflow="fold")
         table.add_column("MB before", justify="right")
@@ -263,13 +286,15 @@ def merge(plans: Iterable[Plan]) -> Plan:
     )
 
 
-def _tensor(row: dict[str, Any]) -> TensorPlan:
-    alternatives = tuple(Alternative(**each) for each in row.pop("alternatives"))
-    return TensorPlan(**{k: _frozen(v) for k, v in row.items()}, alternatives=alternatives)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _plan(data: Any) -> Plan:
+    if not isinstance(data, dict) or "format" not in data:
+        raise ValueError("no format is named")
+    if data.pop("format") != FORMAT:
+        raise FxCompressError(
+            "this plan file was written by another version of fxcompress; make it again "
+            "with fxcompress.explain(model).save(path)"
+        )
+    return schema.build(Plan, data)
 
 
 def _mb(size: int) -> str:

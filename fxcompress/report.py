@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,10 +18,19 @@ from pathlib import Path
 
 import torch
 
-from fxcompress import ops, torch_private
+from fxcompress import files, ops, schema, torch_private
 from fxcompress.errors import FxCompressError
 from fxcompress.evidence import Calibration
 from fxcompress.plan import Plan
+
+LARGEST_LIST = 1 << 20  # bytes; a graph has one or two plans
+
+_HOOKS = (
+    "hooks on saved tensors are in force (saved_tensors_hooks, save_on_cpu, or checkpointing "
+    "around a compiled model): they are given what fxcompress packed, and must give it back bit "
+    "for bit; what they hold is in no budget. Run the compiled model outside of them, or compile "
+    "it with backend='inductor'"
+)
 
 _Listener = Callable[[str], None]
 
@@ -32,12 +40,10 @@ _listeners: ContextVar[tuple[_Listener, ...]] = ContextVar("listeners", default=
 
 
 def store(plan: Plan) -> str:
-    """Write ``plan`` beside Inductor's cache (atomically) and return its key."""
+    """Keep ``plan``, also beside Inductor's cache if that can be written to; its key."""
     key = plan.key()
     _plans[key] = plan
-    path = _path(key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, plan.to_json())
+    files.keep(_path(key), plan.to_json())
     return key
 
 
@@ -45,16 +51,26 @@ def read(key: str) -> Plan:
     """The plan stored under ``key``.
 
     Raises:
-        FxCompressError: it is gone although a compiled graph still names it.
+        FxCompressError: it is gone, or damaged, although a compiled graph still names it.
     """
     if key not in _plans:
+        remedy = "clear the cache (rm -r that folder's parent) and compile again to have it made"
+        folder = _path(key).parent
         try:
-            _plans[key] = Plan.load(_path(key))
-        except FileNotFoundError:
+            found = Plan.load(_path(key))
+        except OSError:
             raise FxCompressError(
-                f"the plan {key} of a cached graph is missing from {_path(key).parent}; clear "
-                "the cache (rm -r that folder's parent) and compile again to have it made anew"
+                f"the plan {key} of a cached graph is missing from {folder}; {remedy} anew"
             ) from None
+        except FxCompressError as error:
+            raise FxCompressError(
+                f"the plan {key} of a cached graph in {folder} is damaged ({error}); {remedy} anew"
+            ) from None
+        if found.key() != key:
+            raise FxCompressError(
+                f"the plan {key} of a cached graph in {folder} was changed; {remedy} anew"
+            )
+        _plans[key] = found
     return _plans[key]
 
 
@@ -73,25 +89,30 @@ def graph_key(module: torch.fx.GraphModule, inputs: Sequence[object], uuid: str)
 
 def remember(graph: str, plans: Sequence[str]) -> None:
     """Note which plans a graph was compiled with, for a process that finds it in the cache."""
-    path = _path(f"graph-{graph}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(list(plans)))
+    files.keep(_path(f"graph-{graph}"), json.dumps(list(plans)))
 
 
 def recall(graph: str) -> list[str]:
     """Plans of a graph that an earlier process compiled; none if it did not."""
     try:
-        found: list[str] = json.loads(_path(f"graph-{graph}").read_text())
-    except (FileNotFoundError, ValueError):
+        data = files.read_json(_path(f"graph-{graph}"), LARGEST_LIST)
+        found: tuple[str, ...] = schema.value(tuple[str, ...], data)
+    except (OSError, ValueError):
         return []
-    return [key for key in found if key in _plans or _path(key).exists()]
+    return [key for key in found if _is_readable(key)]
+
+
+def _is_readable(key: str) -> bool:
+    try:
+        read(key)
+    except FxCompressError:
+        return False
+    return True
 
 
 def remember_calibration(graph: str, calibration: Calibration) -> None:
     """Keep what the first batch told about a graph, for later compiles of the same graph."""
-    path = _path(f"calibration-{graph}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, calibration.to_json())
+    files.keep(_path(f"calibration-{graph}"), calibration.to_json())
 
 
 def recall_calibration(graph: str) -> Calibration | None:
@@ -99,7 +120,7 @@ def recall_calibration(graph: str) -> Calibration | None:
     path = _path(f"calibration-{graph}")
     try:
         return Calibration.load(path) if path.is_file() else None
-    except FxCompressError:
+    except (FxCompressError, OSError):
         return None  # of another version, or damaged: measure again
 
 
@@ -121,19 +142,14 @@ def listening(listener: _Listener) -> Iterator[None]:
 def _on_step(key: str) -> None:
     if not key:  # a graph run by hand: no plan is stored for it
         return
+    if torch_private.hooks_on_saved_tensors():
+        warnings.warn(_HOOKS, stacklevel=2)
     _executed[key] = None
     for listener in _listeners.get():
         listener(key)
 
 
 ops.on_step.append(_on_step)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: another process may be reading."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
 
 
 def _path(key: str) -> Path:

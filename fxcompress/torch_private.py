@@ -5,15 +5,43 @@ from __future__ import annotations
 import copy
 import ctypes
 import logging
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._C._profiler import _EventType
+
+from fxcompress.errors import FxCompressError
 
 log = logging.getLogger("fxcompress")
+
+SUPPORTED = ((2, 11), (2, 16))  # torch, from and below
+UNTESTED = "FXCOMPRESS_UNTESTED_TORCH"
+
+
+def check_version(version: str) -> None:
+    """Refuse a PyTorch whose private parts may have moved, before they are met in mid-compile.
+
+    Raises:
+        FxCompressError: outside `SUPPORTED`, unless the variable `UNTESTED` is set.
+    """
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    low, high = SUPPORTED
+    if low <= numbers < high:
+        return
+    message = (
+        f"fxcompress works with torch {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}, this is "
+        f"{version}: pip install 'torch>={low[0]}.{low[1]},<{high[0]}.{high[1]}'"
+    )
+    if not os.environ.get(UNTESTED):
+        raise FxCompressError(f"{message} (or set {UNTESTED}=1 to go on all the same)")
+    log.warning("%s; going on, as %s asks", message, UNTESTED)
+
+
+check_version(torch.__version__)
 
 
 # --- measuring (used by fxcompress.tools) -------------------------------------------------------
@@ -27,6 +55,8 @@ def allocation_events(
     Uses `kineto_results.experimental_event_tree()` and `_EventType.Allocation` (2.11 to 2.15), as
     `torch/profiler/_memory_profiler.py` does: read there for the new names when they move.
     """
+    from torch._C._profiler import _EventType
+
     events = []
     for node in _profiled(profile):
         if node.tag == _EventType.Allocation:
@@ -69,6 +99,15 @@ def saved_by_node(node: Any) -> list[torch.Tensor]:
                 value = getattr(node, name)
                 found.extend(value if isinstance(value, tuple | list) else [value])
     return [value for value in found if isinstance(value, torch.Tensor)]
+
+
+def hooks_on_saved_tensors() -> bool:
+    """Hooks for saved tensors (`torch.autograd.graph.saved_tensors_hooks`, and what is made of it:
+    `save_on_cpu`, non-reentrant checkpointing) are in force here.
+
+    `torch._C._autograd._top_saved_tensors_default_hooks(ignore_is_tracing)` (2.5 to 2.15).
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def fresh_compile_caches() -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fxcompress import torch_private
 from fxcompress.errors import FxCompressError
 from fxcompress.kernels import cpu
 from fxcompress.plan import Plan
@@ -238,5 +239,5 @@ def test_doctor_knows_the_versions(version: str, state: str):
 
 def test_doctor_asks_for_the_versions_that_are_declared():
     declared = next(r for r in metadata.requires("fxcompress") if r.startswith("torch<"))
-    for major, minor in doctor.SUPPORTED:
+    for major, minor in torch_private.SUPPORTED:
         assert f"{major}.{minor}" in declared

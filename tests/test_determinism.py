@@ -196,8 +196,8 @@ print("RESULT", hashlib.sha256(run.train(3, 512).numpy().tobytes()).hexdigest())
 
 
 def test_processes_agree(tmp_path: Path) -> None:
-    """The other one measures, plans and trains by itself, with an empty cache; nothing of Python's hash seed
-    gets through to them. Without a compiler, which is quicker: the reference has the same bits."""
+    """The other one measures, plans and trains by itself, with an empty cache and another hash seed
+    of Python's. Without a compiler, which is quicker: the reference has the same bits."""
 
     def process(hash_seed: str) -> str:
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("FXCOMPRESS_", "TORCH"))}

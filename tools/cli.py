@@ -19,6 +19,7 @@ from fxcompress.tools import (
     bench_codecs,
     bench_kernels,
     bench_noise,
+    bench_soak,
     bench_step,
     bench_zeros,
     completion,
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(benches, "noise", bench_noise, "gradient noise of each policy at equal saved bytes")
     _add(benches, "zeros", bench_zeros, "what exact zeros in the saved tensors would save")
     _add(benches, "accuracy", bench_accuracy, "train with several policies, over several seeds")
+    _add(benches, "soak", bench_soak, "thousands of steps: memory, time and peak stay as they were")
     _add(benches, "codecs", bench_codecs, "error of every codec beside the rate–distortion bound")
     _add(benches, "kernels", bench_kernels, "GPU kernels as compiled, CPU kernels as measured")
 

@@ -33,7 +33,6 @@ examples:
   fxcompress doctor --json | jq '.[] | select(.state == "problem")'
 """
 
-SUPPORTED = ((2, 11), (2, 16))  # torch, from and below
 _OPTIONAL = {
     "torchvision": ("models named torchvision:NAME", "pip install 'fxcompress[bench]'"),
     "sklearn": ("the images of fxcompress demo", "pip install 'fxcompress[bench]'"),
@@ -111,7 +110,7 @@ def versions() -> Iterator[Finding]:
 def pytorch(version: str) -> Finding:
     """Is this one of the versions that we know the private parts of?"""
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
-    low, high = SUPPORTED
+    low, high = torch_private.SUPPORTED
     if low <= numbers < high:
         return Finding("PyTorch", "ok", version)
     wanted = f"torch>={low[0]}.{low[1]},<{high[0]}.{high[1]}"

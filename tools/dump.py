@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
         f"{plan.predicted_variance:.3g} ({'measured' if plan.calibrated else 'guessed'})"
     )
     rows = [row(t, plan.predicted_variance, errors.get(t.name)) for t in tensors]
-    _write("dump", rows, _COLUMNS, args.format, title, _totals(plan), plan.note)
+    notes = "; ".join(note for note in (plan.note, plan.bias) if note)
+    _write("dump", rows, _COLUMNS, args.format, title, _totals(plan), notes)
     return 0
 
 
@@ -104,6 +105,8 @@ def row(tensor: TensorPlan, whole_variance: float, error: float | None = None) -
         "bytes_before": tensor.storage_bytes,
         "bytes_after": tensor.bytes_after,
         "variance_share": share(variance, whole_variance),
+        "biased": tensor.biased,
+        "bias": tensor.predicted_bias,
         "measured_error": error,
         "reason": tensor.reason,
     }

@@ -6,9 +6,10 @@ A family is one file: a frozen dataclass of numbers with its bytes, its referenc
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -17,8 +18,13 @@ from torch import Tensor
 
 from fxcompress import rng
 from fxcompress.errors import CodecError
+from fxcompress.kernels import triton
+
+log = logging.getLogger("fxcompress")
 
 Keys = tuple[Tensor, Tensor]  # (k_a, k_b) of rng.stream_keys: two 0-dim int64 tensors
+
+_unbuilt: set[str] = set()  # families whose GPU kernels failed to compile
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -131,7 +137,7 @@ class Codec(ABC):
         x = x.detach().contiguous()
         size = self.payload_bytes(x.shape, x.dtype)
         payload = x.new_empty(size, dtype=torch.uint8)
-        if not self.encode_kernel(x, payload, key, stream):
+        if not self._runs(self.encode_kernel, x, payload, key, stream):
             keys = None if key is None else rng.stream_keys(key, stream)
             self.encode_reference(x, payload.zero_(), keys)
         return payload
@@ -159,10 +165,26 @@ class Codec(ABC):
             )
         payload = payload.contiguous()
         x = payload.new_empty(list(shape), dtype=dtype)
-        if not self.decode_kernel(payload, x, key, stream):
+        if not self._runs(self.decode_kernel, payload, x, key, stream):
             keys = None if key is None else rng.stream_keys(key, stream)
             self.decode_reference(payload, x, keys)
         return x
+
+    def _runs(self, kernel: Callable[..., bool], *arguments: object) -> bool:
+        """The kernel did it. Where it cannot be built the family goes on by its reference."""
+        if self.name in _unbuilt:
+            return False
+        try:
+            return kernel(*arguments)
+        except triton.BuildError as error:
+            _unbuilt.add(self.name)
+            log.warning(
+                "the GPU kernel of %s cannot be built (%s): PyTorch operations, slower, do its "
+                "work; fxcompress doctor tells more",
+                self,
+                error,
+            )
+            return False
 
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Raise CodecError where the codec cannot hold `dtype`."""

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import tempfile
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fxcompress import torch_private
+from fxcompress import files, torch_private
 from fxcompress.errors import CodecError
 from fxcompress.persistent import persistent
 
@@ -35,6 +34,8 @@ State = Mapping[str, Tensor | npt.NDArray[Any]]
 Arrays = dict[str, npt.NDArray[Any]]
 
 LARGEST_FILE = 256 << 20  # bytes; a basis of 4096 channels in blocks of 64 takes 1 MB
+
+_NAME = re.compile("[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,7 @@ def put(state: State) -> str:
     name = _name(arrays)
     if name not in _states:
         _states[name] = arrays
-        path = _path(name)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(dump(name))
-            os.replace(file.name, path)
+        files.keep(_path(name), dump(name))
     return name
 
 
@@ -81,6 +77,8 @@ def arrays(name: str) -> Arrays:
         CodecError: it is neither in memory nor on disk.
     """
     if name not in _states:
+        if not _NAME.fullmatch(name):
+            raise CodecError(f"{name!r} is no name of a calibrated state: calibrate the model")
         try:
             content = _path(name).read_bytes()
         except OSError:

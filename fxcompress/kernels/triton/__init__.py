@@ -51,16 +51,29 @@ def takes(x: Tensor, group: int) -> bool:
     return (x.is_cuda or _recorder is not None) and group <= LARGEST and _installed()
 
 
+class BuildError(Exception):
+    """A kernel cannot be compiled or loaded here."""
+
+
 def run(launches: Sequence[Launch]) -> None:
-    """Start them, in order, on the device of their tensors. Waits for nothing."""
+    """Start them, in order, on the device of their tensors. Waits for nothing.
+
+    Raises:
+        BuildError: by whatever the compiler, the assembler or the driver failed.
+    """
     if _recorder is not None:
         _recorder.launches.extend(launches)
         return
     for launch in launches:
-        with torch.cuda.device_of(launch.arguments[0]):
-            launch.kernel[(launch.programs,)](
-                *launch.arguments, **launch.constants, **launch.options
-            )
+        try:
+            with torch.cuda.device_of(launch.arguments[0]):
+                launch.kernel[(launch.programs,)](
+                    *launch.arguments, **launch.constants, **launch.options
+                )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise BuildError(f"{type(error).__name__}: {error}") from error
 
 
 def warp_size() -> int:
