@@ -137,6 +137,14 @@ class Backend:
             run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copied or pickled model: the partitioner is made anew, as it pickles as a key."""
+        return {"settings": self.settings, "plans": dict(self.plans)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["settings"])  # type: ignore[misc]
+        self.plans.update(state["plans"])
+
     def plan(self) -> Plan:
         """The plan of all graphs compiled so far.
 

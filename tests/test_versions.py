@@ -55,20 +55,19 @@ def matrix() -> ModuleType:
     return module
 
 
-def test_summaries_are_understood(matrix: ModuleType) -> None:
-    read = matrix.read_summary
-    good = read("2.15", "2.15.0", "....\n12 passed, 3 deselected in 4.2s\n")
-    assert (good.passed, good.failed, good.ok) == (12, 0, True)
-    bad = read(
-        "2.11",
-        "2.11.0",
-        "FAILED tests/a.py::b - x\nERROR tests/c.py\n1 failed, 11 passed, 1 error in 9s",
-    )
-    assert (bad.passed, bad.failed, bad.ok) == (11, 2, False)
-    assert bad.failures == ("tests/a.py::b", "tests/c.py")
+def test_logs_are_understood(matrix: ModuleType) -> None:
+    read = matrix.read_log
+    good = read("2.15", "2.15.0", "tests/a.py::b[x y] PASSED [ 50%]\ntests/a.py::c PASSED [100%]\n")
+    assert (good.passed, good.failed, good.ok) == (2, 0, True)
+    log = "tests/a.py::b FAILED [ 9%]\ntests/a.py::c PASSED [ 99%]\nERROR tests/d.py\n"
+    bad = read("2.11", "2.11.0", log)
+    assert (bad.passed, bad.failed, bad.ok) == (1, 2, False)
+    assert bad.failures == ("tests/a.py::b", "tests/d.py")
     nothing = read("2.13", "2.13.0", "no tests ran in 0.1s")
     assert not nothing.ok
     assert "no test ran" in nothing.note
+    cut = read("2.13", "2.13.0", "tests/a.py::b PASSED [  1%]\n", note="stopped after 3 s")
+    assert (cut.passed, cut.ok) == (1, False)
 
 
 def test_the_matrix_is_what_is_supported(matrix: ModuleType) -> None:

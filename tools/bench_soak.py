@@ -24,7 +24,7 @@ from torch import Tensor
 import fxcompress
 from fxcompress.errors import FxCompressError
 from fxcompress.tools import models, output
-from fxcompress.tools.bench_step import machine
+from fxcompress.tools.harness import machine
 from fxcompress.tools.memory import measure_step
 from fxcompress.tools.models import Task
 

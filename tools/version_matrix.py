@@ -4,9 +4,9 @@
     python tools/version_matrix.py 2.11 2.15 --tests tests/test_graphs.py tests/test_ops.py
 
 A release is the newest patch of it that pip's index has; one that it lacks is reported as such. The
-last line is one JSON object. Exit status: 0 all passed, 1 a test failed, 3 no release could be
-installed. Each environment takes some minutes to install and up to 7 GB of disk; with `--work` they
-are kept there, and used again.
+last line is one JSON object; what pytest wrote is in pytest.txt of the environment's folder. Exit
+status: 0 all passed, 1 a test failed, 3 no release could be installed. Each environment takes some
+minutes to install and up to 7 GB of disk; with `--work` they are kept there, and used again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Result:
         torch: what was installed; empty if nothing could be.
         passed, failed: tests; errors count as failed.
         failures: names of the tests that failed.
-        note: why nothing ran, where nothing did.
+        note: why nothing ran, or not all.
     """
 
     release: str
@@ -57,7 +57,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        return self.passed > 0 and self.failed == 0
+        return self.passed > 0 and self.failed == 0 and not self.note
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,34 +95,37 @@ def run_release(release: str, work: Path, tests: Sequence[str], timeout: float) 
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if line.startswith("ERROR")]
         return Result(release, note="; ".join(lines)[-300:] or f"exit code {error.returncode}")
+    log = folder / "pytest.txt"
     start = time.perf_counter()
-    done = subprocess.run(
-        [python, "-m", "pytest", "--tb=line", "-p", "no:cacheprovider", *tests],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
-        },
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    seconds = time.perf_counter() - start
-    (folder / "pytest.txt").write_text(done.stdout + done.stderr)
-    return read_summary(release, torch, done.stdout, seconds)
+    note = ""
+    with log.open("w") as file:
+        try:
+            subprocess.run(
+                [python, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *tests],
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
+                },
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            note = f"stopped after {timeout:.0f} s"
+    return read_log(release, torch, log.read_text(), time.perf_counter() - start, note)
 
 
-def read_summary(release: str, torch: str, output: str, seconds: float = 0.0) -> Result:
-    """What pytest said at its end."""
-    counted = dict.fromkeys(("passed", "failed", "error"), 0)
-    last = output.rstrip().rpartition("\n")[2]
-    for number, word in re.findall(r"(\d+) (passed|failed|error)", last):
-        counted[word] = int(number)
-    failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, flags=re.MULTILINE)
-    failed = counted["failed"] + counted["error"]
-    note = "" if counted["passed"] or failed else f"no test ran: {last[:200]}"
-    return Result(release, torch, counted["passed"], failed, seconds, tuple(failures), note)
+def read_log(release: str, torch: str, log: str, seconds: float = 0.0, note: str = "") -> Result:
+    """What `pytest -v` wrote, to its end or as far as it came."""
+    found = re.findall(r"^(tests/\S.*?) (PASSED|FAILED|ERROR)\b", log, flags=re.MULTILINE)
+    found += [(name, "ERROR") for name in re.findall(r"^ERROR (tests/\S+)$", log, re.MULTILINE)]
+    passed = sum(verdict == "PASSED" for _, verdict in found)
+    failures = tuple(dict.fromkeys(name for name, verdict in found if verdict != "PASSED"))
+    if not found and not note:
+        note = f"no test ran: {log.rstrip().rpartition(chr(10))[2][:200]}"
+    return Result(release, torch, passed, len(failures), seconds, failures, note)
 
 
 def _output(*command: str | Path) -> str:
@@ -131,9 +134,10 @@ def _output(*command: str | Path) -> str:
 
 
 def _line(result: Result) -> str:
-    if not result.torch or result.note:
+    if not result.torch:
         return f"torch {result.release}: {result.note}"
     counts = f"{result.passed} passed, {result.failed} failed in {result.seconds:.0f} s"
+    counts += f" ({result.note})" if result.note else ""
     return "\n  ".join([f"torch {result.torch}: {counts}", *result.failures])
 
 
