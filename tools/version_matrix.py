@@ -101,7 +101,7 @@ def run_release(release: str, work: Path, tests: Sequence[str], timeout: float) 
     with log.open("w") as file:
         try:
             subprocess.run(
-                [python, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *tests],
+                [python, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", *tests],
                 cwd=ROOT,
                 env={
                     **os.environ,
@@ -118,7 +118,7 @@ def run_release(release: str, work: Path, tests: Sequence[str], timeout: float) 
 
 
 def read_log(release: str, torch: str, log: str, seconds: float = 0.0, note: str = "") -> Result:
-    """What `pytest -v` wrote, to its end or as far as it came."""
+    """What `pytest -vv` wrote, to its end or as far as it came."""
     found = re.findall(r"^(tests/\S.*?) (PASSED|FAILED|ERROR)\b", log, flags=re.MULTILINE)
     found += [(name, "ERROR") for name in re.findall(r"^ERROR (tests/\S+)$", log, re.MULTILINE)]
     passed = sum(verdict == "PASSED" for _, verdict in found)
