@@ -71,7 +71,7 @@ def test_every_operator_is_checked() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("fxcompress::")
     }
-    assert names == {"encode", "decode", "next_key", "to_host", "to_device"}
+    assert names == {"encode", "decode", "next_key", "to_host", "to_device", "region"}
 
 
 def test_host_round_trip_is_exact() -> None:
