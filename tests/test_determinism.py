@@ -195,6 +195,7 @@ print("RESULT", hashlib.sha256(run.train(3, 512).numpy().tobytes()).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_processes_agree(tmp_path: Path) -> None:
     """The other one measures, plans and trains by itself, with an empty cache and another hash seed
     of Python's. Without a compiler, which is quicker: the reference has the same bits."""

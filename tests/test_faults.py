@@ -113,6 +113,7 @@ print("RESULT", sum(float(g.double().sum()) for g in found.values()))
 """
 
 
+@pytest.mark.slow
 def test_full_disk(tmp_path: Path) -> None:
     expected = sum(float(g.double().sum()) for g in train("transform2").values())
     folder = tmp_path / "full"
@@ -173,6 +174,7 @@ print("DIED", len(died), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_every_write(tmp_path: Path) -> None:
     expected = sum(float(g.double().sum()) for g in train("transform2").values())
     done = child(KILLED, tmp_path / "killed", CXX="/nonexistent/c++")
@@ -248,6 +250,7 @@ test_faults.train("uniform4", inner="inductor")
 """
 
 
+@pytest.mark.slow
 def test_no_compiler_at_all(tmp_path: Path) -> None:
     """Inductor itself cannot go on, and its message names the cause. (Under aot_eager training does
     go on: see test_determinism.)"""

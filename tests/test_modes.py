@@ -305,7 +305,9 @@ def test_tensor_subclass() -> None:
 # --- hooks on saved tensors ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["backend", "name", "enabled"])
+@pytest.mark.parametrize(
+    "way", ["backend", "name", pytest.param("enabled", marks=pytest.mark.slow)]
+)
 def test_ambient_hooks_are_noticed(way: str) -> None:
     model, x = Net(), batch()
     exact = gradients(model, model, x)
@@ -391,6 +393,7 @@ def test_modes_reach_inductor(mode: str, by_name: bool, monkeypatch: pytest.Monk
     assert seen == {**torch_private.mode_options(mode), "allow_buffer_reuse": False}
 
 
+@pytest.mark.slow
 def test_accumulation_under_reduce_overhead() -> None:
     """Compiled with CUDA graphs asked for: on CPUs Inductor leaves them out, with a reason."""
     model = Net()

@@ -238,7 +238,9 @@ def test_mean_of_some_seeds(name: str) -> None:
     held(name, "uniform4", 64)
 
 
-@pytest.mark.parametrize("policy", BIASED)
+@pytest.mark.parametrize(
+    "policy", [p if p == "thesis-det" else pytest.param(p, marks=pytest.mark.slow) for p in BIASED]
+)
 def test_biased_policies_are_found_out_and_say_so(policy: str) -> None:
     """The plan names them, and the statistics see what it speaks of."""
     found, plan = measure("cnn", policy, 32 if "lsq" in policy else 2)  # the others draw little
