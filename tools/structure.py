@@ -53,18 +53,21 @@ def structure(
     basis = _own_basis(_blocks_of(a, sides))
     own = [torch.einsum("fg,gpc->fpc", basis, _blocks_of(x, sides)) for x in (a, b)]
     found["KLT over space"] = _error(own[0], own[1], RATE)
+
+    def hadamard(rest: tuple[Tensor, Tensor], rate: float) -> float:
+        first, second = (_space(x, sides, _hadamard) for x in rest)
+        return _error(first, second, rate)
+
     if before is not None:
-        rest = _predicted(a, b, before)
-        found["Walsh–Hadamard, predicted from the tensor before"] = _error(
-            *(_space(x, sides, _hadamard) for x in rest), RATE
+        found["Walsh–Hadamard, predicted from the tensor before"] = hadamard(
+            _predicted(a, b, before), RATE
         )
     for rank in RANKS:
         rows, channels = math.prod(a.shape[1:-1]), a.shape[-1]
         side = 16 * rank * (rows + channels) / (rows * channels)
         if rank < min(rows, channels) and side < RATE:
-            rest = _without_rank(a, rank), _without_rank(b, rank)
-            found[f"Walsh–Hadamard, without rank {rank} of each sample"] = _error(
-                *(_space(x, sides, _hadamard) for x in rest), RATE - side
+            found[f"Walsh–Hadamard, without rank {rank} of each sample"] = hadamard(
+                (_without_rank(a, rank), _without_rank(b, rank)), RATE - side
             )
     return [
         {
