@@ -4,14 +4,15 @@ One compiled step of a CNN and of a transformer is repeated; each repetition dra
 counter. For each parameter tensor the error of a gradient is projected onto nine directions, the
 exact gradient (is it shrunk?) and eight of random signs, and the mean over the repetitions is
 divided by its standard error. Such a z-score is a standard normal if there is no bias, whatever the
-distribution of the noise; of some thousand of them none should exceed 5 (5·10⁻⁷ each).
+distribution of the noise.
 
 What unbiased means here: each codec's decoded values are right on average (`Codec.unbiased`), so
 every gradient that is linear in the saved tensors is, too. Where a backward multiplies two decoded
 values or bends one (a norm, the softmax of attention, a GELU whose output is rebuilt from a decoded
-input), noise leaves a bias that is small of second order. On the CNN it is below what a thousand
-steps can show; on the transformer it is not, and is bounded, as a share of the squared norm of the
-gradient, by the variance: after as many steps as Adam averages over, noise outweighs it still.
+input), noise leaves a bias that is small of second order, and a thousand steps do show it: on the
+CNN, `uniform4` has a largest z-score of 6.1 of 81, a squared bias of 1.7 % of the variance. So the
+z-scores are printed, and what is asserted is that the squared bias, corrected for chance, is at
+most 5 % of the variance of one step.
 
 Biased by nature, and listed as such in every plan: `fp8` and `thesis-det` (rounding to nearest),
 `thesis-affine` (its rounded zero point clips one end), `aq-…`, `alam` (averages of neighbours), and
@@ -35,7 +36,6 @@ from training import backend, no_leftovers
 import fxcompress
 
 RANDOM_DIRECTIONS = 8
-LARGEST_Z = 5.0
 SECOND_ORDER = 0.05  # of the variance, plus what chance leaves
 
 
@@ -220,8 +220,6 @@ def held(name: str, policy: str, steps: int, **settings: Any) -> None:
         f"{name} {policy}: {found.count} z-scores, largest {found.extreme:.2f}; variance "
         f"{found.variance:.3g}, squared bias {found.bias:.2g} (chance {found.chance:.2g})"
     )
-    if name == "cnn":
-        assert found.extreme < LARGEST_Z
     assert found.bias < SECOND_ORDER * found.variance + 2 * found.chance
 
 
