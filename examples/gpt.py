@@ -2,12 +2,11 @@
 
     python examples/gpt.py --data shakespeare.txt --policy auto --budget-mb 150 --steps 200
 
-One line is ours: `torch.compile(model, backend=fxcompress.backend(...))`.
+One line is ours, in training.py: `model.compile(backend=fxcompress.backend(...))`.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -122,49 +121,25 @@ def sample(text: Tensor, batch: int, length: int, generator: torch.Generator) ->
 
 
 def main(argv: list[str] | None = None) -> int:
-    from rich.console import Console
-    from rich.progress import Progress, TextColumn
+    import training  # beside this file
 
-    import fxcompress
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path(__file__), help="a text file")
-    parser.add_argument("--policy", default="auto", help=f"one of {fxcompress.policies()}")
-    parser.add_argument("--budget-mb", type=float, help="bound on the peak of activations, MB")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=16)
+    parser = training.parser(__doc__, data=Path(__file__), batch=16)
     parser.add_argument("--block", type=int, default=small().block, help="sequence length")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-
     text, vocabulary = encode(args.data.read_text(encoding="utf-8", errors="replace"))
     if len(text) <= args.block:
         parser.error(f"{args.data} has {len(text)} characters: give more than --block")
     torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    config = replace(small(), vocabulary=vocabulary, block=args.block)
-    model = GPT(config).to(args.device)
-    backend = fxcompress.backend(budget_mb=args.budget_mb, policy=args.policy)
-    compiled = torch.compile(model, backend=backend)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
+    model = GPT(replace(small(), vocabulary=vocabulary, block=args.block))
 
-    every = max(1, args.steps // 20)
-    columns = [*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.3f}")]
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("training", total=args.steps, loss=math.nan)
-        for step in range(1, args.steps + 1):
-            tokens, targets = sample(text, args.batch, args.block, generator)
-            loss = compiled(tokens.to(args.device), targets.to(args.device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            if step % every == 0 or step == 1:
-                progress.update(bar, loss=loss.item())
-                print(f"step {step:5d}  loss {loss.item():.4f}")
-            progress.advance(bar)
-    print(fxcompress.explain(compiled))
+    def batch_of(generator: torch.Generator) -> list[Tensor]:
+        return sample(text, args.batch, args.block, generator)
+
+    def loss_of(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        loss: Tensor = model(*batch)
+        return loss
+
+    training.train(model, training.seeded(args.seed, batch_of), loss_of, args)
     return 0
 
 

@@ -13,7 +13,6 @@ import torch
 from fxcompress import report, rng, torch_private
 from fxcompress.automatic import automatic
 from fxcompress.errors import FxCompressError
-from fxcompress.ledger import Ledger
 from fxcompress.pipeline import Partitioner, Planned
 from fxcompress.plan import Plan, merge
 from fxcompress.policies import policy
@@ -30,7 +29,7 @@ class Backend:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.partitioner = Partitioner(settings, Ledger())
+        self.partitioner = Partitioner(settings)
         self.plans: dict[str, None] = {}
         self.__name__ = "fxcompress"
 
@@ -155,7 +154,7 @@ class Backend:
 
     def reset(self) -> None:
         """Forget what was compiled (``torch._dynamo.reset`` calls this)."""
-        self.partitioner = Partitioner(self.settings, Ledger())
+        self.partitioner = Partitioner(self.settings)
         self.plans.clear()
 
 
@@ -280,7 +279,7 @@ def enabled(budget_mb: float | None = None, **settings: Any) -> Iterator[Enabled
     made = make(**settings)
     if made.seed is not None:
         rng.use_setting(made.seed, begin=True)
-    found = Enabled(Partitioner(made, Ledger()))
+    found = Enabled(Partitioner(made))
     patches = {"custom_partitioner_fn": found.partitioner, **_memory_options(made)}
     with torch_private.inductor_patched(patches), report.listening(found.learn):
         try:

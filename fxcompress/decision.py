@@ -62,16 +62,23 @@ class Decision:
 
 
 def baseline(
-    cut: Cut, min_bytes: int, reserved: int, reserved_plain: int = 0, *, channels_last: bool
+    cut: Cut,
+    min_bytes: int,
+    reserved: int,
+    reserved_plain: int = 0,
+    *,
+    channels_last: bool,
+    repeats: int = 1,
 ) -> Baseline:
     """Measure the cut of plain Inductor, before anything is changed.
 
     Args:
         reserved, reserved_plain: bytes that other graphs of the model keep saved meanwhile, as
             planned and under plain Inductor.
+        repeats: see :func:`fxcompress.peak.timeline`.
     """
     candidates = analyse(cut, min_bytes, channels_last=channels_last)
-    memory = timeline(cut, candidates, channels_last=channels_last)
+    memory = timeline(cut, candidates, channels_last=channels_last, repeats=repeats)
     peak = memory.plain_peak([Choice(c, KEEP) for c in candidates])
     return Baseline(candidates, peak + reserved, peak + max(reserved, reserved_plain))
 

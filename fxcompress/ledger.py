@@ -23,11 +23,13 @@ class Ledger:
         saved: by Dynamo frame, or by plan key where only the plan is known.
         plans: keys of the plans already counted.
         plain: what plain Inductor would save in each.
+        repeats: how often each graph runs before its backwards do.
     """
 
     saved: dict[object, int] = field(default_factory=dict)
     plans: set[str] = field(default_factory=set)
     plain: dict[object, int] = field(default_factory=dict)
+    repeats: int = 1
 
     def reserved(self) -> int:
         """Bytes that graphs other than the one now compiled keep saved."""
@@ -54,8 +56,8 @@ class Ledger:
     def _count(self, plan_key: str, frame: object) -> None:
         plan = report.read(plan_key)
         self.plans.add(plan_key)
-        self.saved[frame] = plan.saved_bytes
-        self.plain[frame] = plan.saved_bytes_before
+        self.saved[frame] = plan.saved_bytes * self.repeats
+        self.plain[frame] = plan.saved_bytes_before * self.repeats
 
     def key(self) -> str:
         """What the ledger adds to a cache key: what other graphs withhold from the next plan."""

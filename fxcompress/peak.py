@@ -125,12 +125,17 @@ class _Step:
         return self.at[producer]
 
 
-def timeline(cut: Cut, candidates: Sequence[Candidate], *, channels_last: bool) -> Timeline:
+def timeline(
+    cut: Cut, candidates: Sequence[Candidate], *, channels_last: bool, repeats: int = 1
+) -> Timeline:
     """The memory timeline of ``cut``, with what each candidate adds kept apart.
 
     Args:
         channels_last: Inductor will lay feature maps out with channels fastest.
+        repeats: how often the forward runs before the backwards do, as the block of a model that is
+            compiled block by block. What the other runs save is there throughout.
     """
+    others = repeats - 1
     step = _step(cut)
     held_by_user = {prop.storage_root(n) for n in cut.outputs if isinstance(n, fx.Node)}
     coded_roots = {prop.storage_root(c.saved.forward) for c in candidates} - held_by_user
@@ -146,12 +151,13 @@ def timeline(cut: Cut, candidates: Sequence[Candidate], *, channels_last: bool) 
         first = step.end_forward + 1 if node.op == "placeholder" else step.birth(node)
         base[first : last + 1] += _bytes(node)
 
+    base += others * _saved_inputs(cut)
     plain_extra = np.zeros_like(base)
     if channels_last:
         base += _layout_copies(step)
         for node in copied_inputs(cut):
             received_copy = next(s.backward for s in cut.saved if s.forward is node)
-            copy = step.span(0, step.last[received_copy], _bytes(node))
+            copy = step.span(0, step.last[received_copy], _bytes(node)) + others * _bytes(node)
             if can_pin(node):
                 plain_extra += copy
             else:
@@ -166,7 +172,7 @@ def timeline(cut: Cut, candidates: Sequence[Candidate], *, channels_last: bool) 
         used = max(step.last[root], born)
         needed = max(step.last[saved.backward], used)
         size = 0 if root in held_by_user else candidate.own_bytes
-        kept[name] = step.span(born, needed, size)
+        kept[name] = step.span(born, needed, size) + others * size
         dropped[name] = step.span(born, used, size)
         # A second buffer: in the units of its channels, or with its zeros filled.
         if units_of(saved.forward) is not None or mask_of(candidate) is not None:
@@ -175,7 +181,7 @@ def timeline(cut: Cut, candidates: Sequence[Candidate], *, channels_last: bool) 
         decoded[name] = _copies(step, cut, readers, candidate.own_bytes)
         for node in candidate.attention:  # its forward runs again, into a buffer of q's size
             decoded[name] += step.span(step.at[node], step.at[node], candidate.own_bytes)
-        held[name] = step.span(used, _last_decode(step, cut, readers, used), 1)
+        held[name] = step.span(used, _last_decode(step, cut, readers, used), 1) + others
         coding[name] = step.span(used, used, 1)
         for cluster in clusters(cut.backward.graph, readers):
             coding[name][step.at[cluster[0]]] = 1
@@ -185,6 +191,7 @@ def timeline(cut: Cut, candidates: Sequence[Candidate], *, channels_last: bool) 
                 last = _last_decode(step, cut, exact_readers, used)
                 masks[node] = step.span(step.at[saved.forward], last, hoisted_bytes(node))
                 masks[node] += _copies(step, cut, exact_readers, _bytes(node))
+                masks[node] += others * hoisted_bytes(node)
     names = (n.name for module in (cut.forward, cut.backward) for n in module.graph.nodes)
     payloads = {node: hoisted_bytes(node) for node in masks}
     return Timeline(
@@ -200,6 +207,17 @@ def timeline(cut: Cut, candidates: Sequence[Candidate], *, channels_last: bool) 
         tuple(names),
         step.end_forward + 1,
     )
+
+
+def _saved_inputs(cut: Cut) -> int:
+    """Bytes of activations that come in from another graph and are saved as they are."""
+    gradients = output_args(cut.backward)
+    inputs = {
+        node
+        for i, node in enumerate(placeholders(cut.forward))
+        if i not in cut.static_inputs and i < len(gradients) and gradients[i] is not None
+    }
+    return sum(_bytes(n) for n in {prop.storage_root(s.forward) for s in cut.saved} & inputs)
 
 
 def _copies(step: _Step, cut: Cut, readers: Sequence[fx.Node], size: float) -> Bytes:

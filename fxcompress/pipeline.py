@@ -45,7 +45,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
 
     def __init__(self, settings: Settings, ledger: Ledger | None = None) -> None:
         self.settings = settings
-        self.ledger = ledger or Ledger()
+        self.ledger = ledger or Ledger(repeats=settings.repeats)
         self.plans: dict[str, None] = {}
         self.planned: Planned | None = None
 
@@ -166,7 +166,9 @@ def plan_graph(cut: Cut, settings: Settings, reserved: int = 0, reserved_plain: 
     channels_last = lays_out and torch_private.prefers_channels_last(cut.forward)
     cut = rebase(cut)
     others = (reserved, reserved_plain)
-    plain = baseline(cut, settings.min_bytes, *others, channels_last=channels_last)
+    plain = baseline(
+        cut, settings.min_bytes, *others, channels_last=channels_last, repeats=settings.repeats
+    )
     if not plain.candidates:
         note = "left as plain Inductor: nothing is saved for the backward"
         log.info("%s", note)

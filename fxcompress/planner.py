@@ -66,7 +66,7 @@ def make_plan(
         BudgetError: the budget is below what the policy can reach.
         SettingsError: the policy needs a calibration, or a device it does not have.
     """
-    memory = timeline(cut, candidates, channels_last=channels_last)
+    memory = timeline(cut, candidates, channels_last=channels_last, repeats=settings.repeats)
     clock = clock_of(cut, plain.candidates) if policy(settings.policy).solves else None
     ladders, fixed = weighed(candidates, plain, settings, evidence, clock)
     solved = _solved(ladders, plain, settings, memory, reserved, evidence)

@@ -40,6 +40,10 @@ class Settings:
         inner: ``"inductor"``, or ``"aot_eager"`` for quick debugging without code generation.
         group: elements that share one scale and minimum.
         min_bytes: saved tensors smaller than this are left alone.
+        repeats: how often each compiled graph runs before its backwards do. N for a block that is
+            compiled by itself and stands N times in the model: the budget then holds for all of
+            them together (each graph of this backend counts N times; outputs and inputs of blocks,
+            which stay whole, included).
         calibration: from :func:`fxcompress.calibrate`, or the path of a saved one.
         overrides: rules that fix the representation of some tensors, under any policy: dictionaries
             or JSON text, see :mod:`fxcompress.overrides`.
@@ -59,6 +63,7 @@ class Settings:
     inner: str = "inductor"
     group: int = 256
     min_bytes: int = 16384
+    repeats: int = 1
     calibration: Calibration | None = None
     overrides: tuple[Rule, ...] = ()
     plan: Plan | None = None
@@ -117,6 +122,10 @@ class Settings:
             raise SettingsError(f"replan_every={self.replan_every} must be 1 step or more")
         if self.min_bytes < 0:
             raise SettingsError(f"min_bytes={self.min_bytes} must be 0 or more")
+        if self.repeats < 1:
+            raise SettingsError(
+                f"repeats={self.repeats} must be 1 or more, as the model has blocks"
+            )
 
     def _check_together(self) -> None:
         """At most one bound, and a policy that can meet it."""
@@ -179,6 +188,7 @@ _PARSERS: dict[str, Any] = {
     "inner": str,
     "group": int,
     "min_bytes": int,
+    "repeats": int,
     "replan_every": int,
     "calibration": Calibration.load,
     "overrides": parse_overrides,
