@@ -3,9 +3,9 @@
     python examples/bert_text_classification.py --data SST-2/train.tsv --weights bert-base-uncased/
     python examples/bert_text_classification.py --policy gact-l1 --amp bf16
 
-`--data` is a TSV file with a header, a sentence and a whole number on each line; without it, made-up
-sentences. `--weights` is a folder of transformers' with model and tokenizer; without it, random
-weights, and words as tokens.
+`--data` is a TSV file with a header, a sentence and a whole number on each line; without it,
+sentences are made up. `--weights` is a folder of transformers' with model and tokenizer; else
+random weights, and words as tokens.
 """
 
 from __future__ import annotations

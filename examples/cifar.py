@@ -3,8 +3,8 @@
     python examples/cifar.py --data ~/data --download cifar10 --policy auto --budget-mb 100
     python examples/cifar.py --data images/ --model resnet20 --policy uniform4 --csv log.csv
 
-`--data` is a folder with torchvision's CIFAR, or one with train/<class>/*.jpg, or a .tar.gz of such;
-without it, the digits of scikit-learn. To compare policies over seeds: `fxcompress bench accuracy`.
+`--data` is a folder with torchvision's CIFAR, or one with train/<class>/*.jpg, or a .tar.gz of
+that; without it, the digits of scikit-learn. Several policies: `fxcompress bench accuracy`.
 """
 
 from __future__ import annotations

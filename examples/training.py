@@ -70,6 +70,7 @@ def train(
     model.to(args.device).train()
     backend = fxcompress.backend(args.budget_mb, policy=args.policy, inner=args.inner)
     model.compile(backend=backend)  # the one line that is ours
+    fxcompress.manual_seed(args.seed)  # the noise, from its beginning; on resuming, see below
 
     learnt = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learnt, args.lr)

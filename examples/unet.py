@@ -2,8 +2,8 @@
 
     python examples/unet.py --data images/ --size 32 --policy auto --budget-mb 200 --amp bf16
 
-`--data` as in cifar.py. The network predicts the noise that was added (DDPM, arXiv 2006.11239), at a
-continuous time with a cosine schedule.
+`--data` as in cifar.py. The network predicts the noise that was added (DDPM, arXiv 2006.11239), at
+a continuous time with a cosine schedule.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress import report, torch_private
+from fxcompress.agree import agreed
 from fxcompress.calibrate import evidence_of
 from fxcompress.evidence import Calibration
 from fxcompress.policies import policy
@@ -44,23 +45,46 @@ def automatic(
         settings: of the compile.
         graph: name of the graph under these settings (:func:`fxcompress.report.graph_key`).
     """
-    found = policy(settings.policy)
-    solves = found.solves and settings.is_bounded and settings.plan is None
-    wanted = found.calibrated or solves
+    asked = policy(settings.policy)
+    solves = asked.solves and settings.is_bounded and settings.plan is None
+    wanted = asked.calibrated or solves
     if not wanted or settings.calibration is not None or not _is_trained(inputs):
         return None
-    stored = report.recall_calibration(graph)
-    if stored is not None:
-        return stored
+    alone = torch_private.job_store() is None
+    if not alone and _communicates(module, inputs):
+        # Ranks that have one stored would leave the others waiting in a collective.
+        log.warning(
+            "no calibration on the first batch of a graph with collectives: pass "
+            "calibration=fxcompress.calibrate(model, batch), made before the model was distributed"
+        )
+        return None
+    found = report.recall_calibration(graph)
+    if found is not None and alone:
+        return found
+    found = found or _attempt(module, inputs, settings)
+    if not alone:
+        text = agreed(f"calibration-{graph}", "" if found is None else found.to_json())
+        found = Calibration.from_json(text) if text else None
+    if found is not None:
+        report.remember_calibration(graph, found)
+    return found
+
+
+def _attempt(
+    module: fx.GraphModule, inputs: Sequence[Any], settings: Settings
+) -> Calibration | None:
     try:
         with torch_private.outside_compile():
-            calibration = _measured(module, inputs, settings)
+            return _measured(module, inputs, settings)
     except Exception as error:  # never the reason why a training does not start
         log.warning("no calibration on the first batch, plans are made by guesses: %s", error)
         return None
-    if calibration is not None:
-        report.remember_calibration(graph, calibration)
-    return calibration
+
+
+def _communicates(module: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Its operators talk to other ranks: collectives, or tensors that are spread over ranks."""
+    spread = any(torch_private.is_subclass(x) for x in inputs)
+    return spread or any(torch_private.is_collective(node) for node in module.graph.nodes)
 
 
 def _is_trained(inputs: Sequence[Any]) -> bool:

@@ -69,6 +69,7 @@ class Backend:
             settings: Settings, inputs: Sequence[Any], old: Planned
         ) -> tuple[Callable[..., Any], Planned | None]:
             self.plans.pop(old.plan.key(), None)
+            self.partitioner.ledger.forget(old.plan.key())
             with torch_private.resumed(context):
                 fresh = torch_private.copy_dynamo_graph(kept)
                 return self._compile(fresh, inputs, settings, mode, patches)
@@ -84,7 +85,7 @@ class Backend:
         patches: dict[str, Any],
     ) -> tuple[Callable[..., Any], Planned | None]:
         """(what runs, what was decided if that is to be made again)."""
-        frame, ledger = torch_private.frame_id(), self.partitioner.ledger
+        frame, ledger = torch_private.compile_id(), self.partitioner.ledger
         name = report.graph_key(module, inputs, Partitioner(settings, ledger).key())
         calibration = automatic(module, inputs, settings, name)
         if calibration is not None:
@@ -115,7 +116,9 @@ class Backend:
             self.partitioner.ledger.learn(key, frame)
         return self._watch_first_call(compiled, frame), self.partitioner.planned
 
-    def _watch_first_call(self, compiled: Callable[..., Any], frame: object) -> Callable[..., Any]:
+    def _watch_first_call(
+        self, compiled: Callable[..., Any], frame: tuple[object, object] | None
+    ) -> Callable[..., Any]:
         """Learn from the first call which plan a graph has that came from the on-disk cache."""
         learned = False
 

@@ -24,6 +24,7 @@ from torch import fx
 from torch.utils import flop_counter
 
 from fxcompress import __version__, files, schema, torch_private
+from fxcompress.agree import agreed
 from fxcompress.codecs import codec, states
 from fxcompress.codecs.transform import RATES, Transform, coder
 from fxcompress.passes.analyse import Candidate, saved_bytes
@@ -102,9 +103,22 @@ def added_seconds(choice: Choice, found: Rates) -> float:
     return elements * _nanoseconds(choice.codec_spec, found) * 1e-9 + into_fresh_memory
 
 
-@cache
 def rates(device: str) -> Rates:
-    """The table of a device type, measured if this machine has none yet (about a second)."""
+    """The table of a device type, measured if this machine has none yet (about a second).
+
+    In a distributed job all ranks use one table, so that they plan alike.
+    """
+    return _shared(device) if torch_private.job_store() is not None else _own(device)
+
+
+@cache
+def _shared(device: str) -> Rates:
+    return Rates(**json.loads(agreed(f"rates-{device}", json.dumps(asdict(_own(device))))))
+
+
+@cache
+def _own(device: str) -> Rates:
+    """This machine's table."""
     name = f"rates-{__version__}-{FORMAT}-{device}.json"
     path = torch_private.cache_dir() / "fxcompress" / name
     try:

@@ -624,15 +624,26 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
     trace_structured("artifact", metadata_fn=lambda: about, payload_fn=text)
 
 
-def frame_id() -> object:
-    """Which piece of user code is being compiled: equal for recompiles of the same piece.
+def compile_id() -> tuple[object, object] | None:
+    """(which piece of user code is being compiled, which of its compiles this is); None outside.
 
-    `CompileContext.current_compile_id().frame_id` (2.1 to 2.15); None outside a compile.
+    `CompileContext.current_compile_id()`, its `frame_id` and `frame_compile_id` (2.1 to 2.15).
     """
     from torch._guards import CompileContext
 
     current = CompileContext.current_compile_id()
-    return None if current is None else current.frame_id
+    return None if current is None else (current.frame_id, current.frame_compile_id)
+
+
+def job_store() -> Any:
+    """The key–value store that the processes of a distributed job share; None if there is one only.
+
+    `torch.distributed.distributed_c10d._get_default_store` (1.13 to 2.15).
+    """
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return dist.distributed_c10d._get_default_store()
 
 
 def compile_under_way() -> Any:
@@ -646,7 +657,7 @@ def compile_under_way() -> Any:
 
 
 def resumed(compile_context: Any) -> AbstractContextManager[Any]:
-    """Inside, `frame_id` is what it was in the compile that :func:`compile_under_way` gave."""
+    """Inside, `compile_id` is what it was in the compile that :func:`compile_under_way` gave."""
     from torch._guards import compile_context as entered
 
     return entered(compile_context)

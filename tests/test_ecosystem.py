@@ -69,7 +69,8 @@ def distance(found: list[Tensor], exact: list[Tensor]) -> float:
     """Of two lists of gradients, relative."""
     assert len(found) == len(exact)
     assert found
-    difference = sum(float((a - b).double().square().sum()) for a, b in zip(found, exact))
+    pairs = zip(found, exact, strict=True)
+    difference = sum(float((a - b).double().square().sum()) for a, b in pairs)
     return (difference / sum(float(b.double().square().sum()) for b in exact)) ** 0.5
 
 
@@ -149,7 +150,7 @@ def test_accelerate() -> None:
 
 
 def test_lightning(tmp_path: Path) -> None:
-    """Compiled in `configure_model`, after the strategy is set up and before weights are wrapped."""
+    """Compiled in `configure_model`: after the strategy is set up, before weights are wrapped."""
     lightning = pytest.importorskip("pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     made = backend()
