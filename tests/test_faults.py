@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from training import Net, backend, batch, error, gradients, loss, no_leftovers
+from train_small import Net, backend, batch, error, gradients, loss, no_leftovers
 
 import fxcompress
 from fxcompress import Calibration, Plan, files, report, rng

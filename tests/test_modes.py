@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
-from training import PLAIN, Net, backend, batch, coded, error, gradients, loss, no_leftovers
+from train_small import PLAIN, Net, backend, batch, coded, error, gradients, loss, no_leftovers
 
 import fxcompress
 from fxcompress import torch_private

@@ -74,7 +74,7 @@ def test_policies_inside(inner: str) -> None:
     plan = compiled(Net(lambda: fxcompress.policy(inner)))
     inside = {t.representation for t in plan.tensors if t.reason == f"in a region of {inner}"}
     expected = {
-        "lossless": set(),  # has reasons of its own
+        "lossless": {"keep"},
         "inductor": {"keep"},
         "uniform8": {"affine(bits=8)"},
         "rotate(bits=5)": {"rotate(bits=5)"},

@@ -31,7 +31,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training import backend, no_leftovers
+from train_small import backend, no_leftovers
 
 import fxcompress
 
