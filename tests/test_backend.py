@@ -13,6 +13,7 @@ import torch._functorch.config
 import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
+from train_small import no_leftovers, saved_storages
 
 import fxcompress
 from fxcompress import report, torch_private
@@ -28,15 +29,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("BUDGET_MB", "POLICY", "SEED", "RATIO_SAVED", "INNER", "GROUP", "MIN_BYTES"):
         monkeypatch.delenv(f"FXCOMPRESS_{name}", raising=False)
     monkeypatch.setattr(report, "_executed", {})  # what explain() without a model speaks of
-    torch._dynamo.reset()
-    fxcompress.manual_seed(None)
-    with (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    ):
+    with no_leftovers():
         yield
-    torch._dynamo.reset()
-    fxcompress.manual_seed(None)
 
 
 class Net(nn.Module):
@@ -148,17 +142,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def saved_bytes(out: Tensor) -> int:
     """Bytes of distinct storages that the graph of ``out`` holds, of parameters too."""
-    found: dict[int, int] = {}
-    pending, seen = [out.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for tensor in torch_private.saved_by_node(node):
-            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        pending.extend(following for following, _ in node.next_functions)
-    return sum(found.values())
+    return sum(saved_storages(out).values())
 
 
 def test_enabled_under_plain_inductor() -> None:

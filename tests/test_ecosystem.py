@@ -19,9 +19,9 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+from train_small import saved_storages
 
 import fxcompress
-from fxcompress import torch_private
 
 
 @pytest.fixture(autouse=True)
@@ -192,17 +192,7 @@ def test_lightning(tmp_path: Path) -> None:
 def saved_of(out: Tensor, weights: nn.Module) -> int:
     """Bytes that the autograd graph of ``out`` holds besides the weights."""
     held = {p.untyped_storage().data_ptr() for p in weights.parameters()}
-    found: dict[int, int] = {}
-    pending, seen = [out.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for tensor in torch_private.saved_by_node(node):
-            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        pending.extend(following for following, _ in node.next_functions)
-    return sum(size for place, size in found.items() if place not in held)
+    return sum(size for place, size in saved_storages(out).items() if place not in held)
 
 
 def test_a_block_that_runs_n_times_counts_n_times() -> None:

@@ -16,6 +16,7 @@ import torch._functorch.config
 import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
+from train_small import no_leftovers
 
 import fxcompress
 
@@ -25,15 +26,8 @@ PLAIN_EAGER = "aot_eager_decomp_partition"
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """No graphs from earlier runs: every test sees the passes of these very sources."""
-    torch._dynamo.reset()
-    fxcompress.manual_seed(None)
-    with (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    ):
+    with no_leftovers():
         yield
-    torch._dynamo.reset()
-    fxcompress.manual_seed(None)
 
 
 # --- modules ------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from train_small import saved_storages
 
 import fxcompress
-from fxcompress import torch_private
 from fxcompress.nn import (
     Conv2dARA,
     DistributeARA,
@@ -55,17 +55,7 @@ def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 def saved_bytes(out: Tensor) -> int:
     """Bytes of distinct storages that the autograd graph of ``out`` holds."""
-    found: dict[int, int] = {}
-    pending, seen = [out.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for tensor in torch_private.saved_by_node(node):
-            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        pending.extend(following for following, _ in node.next_functions)
-    return sum(found.values())
+    return sum(saved_storages(out).values())
 
 
 def planned_bytes(model: nn.Module, x: Tensor) -> int:

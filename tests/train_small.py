@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxcompress
+from fxcompress import torch_private
 
 PLAIN = "aot_eager_decomp_partition"  # plain Inductor's graphs, run op by op
 Gradients = dict[str, Tensor]
@@ -73,6 +74,21 @@ def error(found: Gradients, exact: Gradients) -> float:
     assert found.keys() == exact.keys()
     difference = sum(float((found[k] - exact[k]).double().square().sum()) for k in exact)
     return (difference / sum(float(exact[k].double().square().sum()) for k in exact)) ** 0.5
+
+
+def saved_storages(out: Tensor) -> dict[int, int]:
+    """Bytes of the distinct storages that the autograd graph of ``out`` holds, by address."""
+    found: dict[int, int] = {}
+    pending, seen = [out.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for tensor in torch_private.saved_by_node(node):
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        pending.extend(following for following, _ in node.next_functions)
+    return found
 
 
 def coded(plan: fxcompress.Plan) -> list[str]:
