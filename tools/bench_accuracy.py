@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--replan-every", type=int, metavar="STEPS", help="calibrate again, where a policy does"
     )
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument(
+        "--schedule",
+        choices=("constant", "cosine"),
+        default="constant",
+        help="of the rate after the exact steps; cosine falls to zero at the last step",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plot", type=Path, help="loss against saved bytes, and the curves")
     harness.add_arguments(parser, seed=False)
@@ -99,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             "--seeds and --warm-steps must be 1 or more, --steps above --warm-steps"
         )
     about = ("model", "batch", "size", "data", "steps", "warm_steps", "lr", "weighting")
-    done = harness.results(args, *about, "replan_every")
+    done = harness.results(args, *about, "replan_every", "schedule")
     runs = []
     with harness.bars() as bars:
         for seed in bars.track(range(args.seeds), description="seeds"):
@@ -137,6 +144,7 @@ def summary(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
                 "gap": mean(gaps) if gaps else None,
                 "gap se": standard_error(gaps),
                 "accuracy": mean(accuracies) if accuracies else None,
+                "accuracy se": standard_error(accuracies),
                 "training loss": mean(mean(r.losses[-50:]) for r in own),
                 "step s": mean(r.seconds for r in own),
             }
@@ -201,7 +209,9 @@ def _train(
     fxcompress.manual_seed(seed)
     losses, times = [], []
     steps = range(args.warm_steps, args.steps)
-    for _ in bars.track(steps, description=f"{name}, seed {seed}"):
+    for step in bars.track(steps, description=f"{name}, seed {seed}"):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * _share_of_rate(args, step)
         before = time.perf_counter()
         losses.append(_step(source(), compiled, optimizer))
         times.append(time.perf_counter() - before)
@@ -214,6 +224,14 @@ def _train(
         saved = plan.saved_bytes
     megabytes = (saved / 1e6, start.plain_saved_bytes / 1e6)
     return Run(name, seed, tuple(losses), loss, accuracy, *megabytes, median(times))
+
+
+def _share_of_rate(args: argparse.Namespace, step: int) -> float:
+    """Of --lr, at a step after the exact ones."""
+    if args.schedule == "constant":
+        return 1.0
+    done = (step - args.warm_steps) / (args.steps - args.warm_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _step(task: Task, compiled: Any, optimizer: torch.optim.Optimizer) -> float:
