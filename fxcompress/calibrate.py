@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -98,11 +99,12 @@ def evidence_of(
     for recordings in recorded:
         for recording in recordings:
             by_graph.setdefault(signature(recording.cut), []).append(recording)
-    graphs = tuple(
-        GraphEvidence(name, _measure(found, group, weighting, probes, used or {}))
-        for name, found in by_graph.items()
-    )
-    return Calibration(graphs, weighting, len(recorded))
+    graphs, spreads = [], []
+    for name, found in by_graph.items():
+        tensors, spread = _measure(found, group, weighting, probes, used or {})
+        graphs.append(GraphEvidence(name, tensors))
+        spreads.append(spread)
+    return Calibration(tuple(graphs), weighting, len(recorded), _scatter(spreads))
 
 
 def _measure(
@@ -111,12 +113,16 @@ def _measure(
     weighting: str,
     probes: int,
     used: Mapping[str, str],
-) -> dict[str, TensorEvidence]:
-    """Evidence of one graph."""
+) -> tuple[dict[str, TensorEvidence], Spread]:
+    """Evidence of one graph, and how its gradient differs from batch to batch."""
     held_out = max(1, len(recordings) // 4) if len(recordings) > 1 else 0
 
+    spread = Spread()
+
     def measured(recording: Recording) -> Sensitivity:
-        return sensitivity(recording, is_codable, probes=probes, weighting=weighting)
+        seen = sensitivity(recording, is_codable, probes=probes, weighting=weighting)
+        spread.add(seen)
+        return seen
 
     gathered: dict[str, Moments] = {}
     for recording in recordings[: len(recordings) - held_out]:
@@ -145,7 +151,47 @@ def _measure(
         ranges = _sample_ranges(tensor)
         square, count = gradients.get(name, 0.0), tensor.values.numel()
         found[name] = TensorEvidence(prices, transforms, norm, ranges, square, count)
-    return found
+    return found, spread
+
+
+@dataclass
+class Spread:
+    """Gradients of one graph on several batches.
+
+    Attributes:
+        count: of batches.
+        total: the gradients' sum, by parameter, as errors are weighed.
+        squares, own: the sum of their squared norms, and of the unweighed ones.
+    """
+
+    count: int = 0
+    total: tuple[Tensor, ...] = ()
+    squares: float = 0.0
+    own: float = 0.0
+
+    def add(self, seen: Sensitivity) -> None:
+        """One more batch."""
+        before = self.total or [torch.zeros_like(g) for g in seen.gradient]
+        self.total = tuple(b + g for b, g in zip(before, seen.gradient, strict=True))
+        self.count += 1
+        self.squares += _square(seen.gradient)
+        self.own += seen.gradient_square
+
+    def variance(self) -> float:
+        """Of a batch's gradient around the mean of all, squared norms; two batches or more."""
+        return max(self.squares - _square(self.total) / self.count, 0.0) / (self.count - 1)
+
+
+def _scatter(spreads: Sequence[Spread]) -> float | None:
+    """Variance of the whole gradient between batches over its squared norm; None of one batch."""
+    square = sum(s.own / s.count for s in spreads)
+    if square == 0 or any(s.count < 2 for s in spreads):
+        return None
+    return sum(s.variance() for s in spreads) / square
+
+
+def _square(tensors: Sequence[Tensor]) -> float:
+    return sum(float(t.float().square().sum()) for t in tensors)
 
 
 def _gather(seen: Sensitivity, found: dict[str, Moments]) -> None:

@@ -70,11 +70,14 @@ class Calibration:
         graphs: one entry a graph.
         weighting: how errors of different parameters were weighed.
         batches: how many batches were averaged over.
+        scatter: variance of a batch's gradient between batches, over its squared norm, in the same
+            weighting as prices are; None of one batch.
     """
 
     graphs: tuple[GraphEvidence, ...]
     weighting: str = "plain"
     batches: int = 1
+    scatter: float | None = None
 
     def __hash__(self) -> int:
         return hash(self.key())

@@ -103,7 +103,7 @@ def weighed(
         known = (evidence or {}).get(candidate.name)
         weight = weights.get(candidate.name, 1.0)
         options = ladder(candidate, settings.group, known, clock, weight)
-        if settings.max_grad_error is not None:  # a bound on noise holds for measured noise only
+        if settings.noise_ceiling is not None:  # a bound on noise holds for measured noise only
             prices = known.prices if known is not None else {}
             options = [o for o in options if o.noise == 0 or o.choice.representation in prices]
         found.append(options)
@@ -181,8 +181,8 @@ def _solved(
     budget = budget_of(plain, settings)
     if budget is not None:
         return least_noise(program, peak=budget / MARGIN - reserved) or least_peak(program)
-    if settings.max_grad_error is not None:
-        return _least_peak_at(settings.max_grad_error, program, evidence)
+    if settings.noise_ceiling is not None:
+        return _least_peak_at(settings, program, evidence)
     assert settings.ratio_saved is not None
     found = least_noise(program, saved=plain.saved_bytes / settings.ratio_saved)
     if found is None:
@@ -197,21 +197,25 @@ def _solved(
 
 
 def _least_peak_at(
-    error: float, program: Program, evidence: Mapping[str, TensorEvidence] | None
+    settings: Settings, program: Program, evidence: Mapping[str, TensorEvidence] | None
 ) -> Solution:
-    """The lowest peak with at most this relative error of the gradient."""
-    if evidence is None and error > 0:
+    """The lowest peak with at most the noise that was allowed."""
+    allowed = settings.noise_ceiling
+    assert allowed is not None
+    name = "max_grad_error" if settings.max_loss_increase is None else "max_loss_increase"
+    asked = getattr(settings, name)
+    if evidence is None and asked > 0:
         raise SettingsError(
-            f"max_grad_error={error:g} needs measurements of this very model, and the first batch "
+            f"{name}={asked:g} needs measurements of this very model, and the first batch "
             "gave none: pass calibration=fxcompress.calibrate(model, batch)"
         )
-    found = least_peak(program, noise=error**2)
+    found = least_peak(program, noise=allowed)
     if found is None:
         least = least_noise(program, peak=None)
         assert least is not None
-        reached = math.ceil(1e4 * math.sqrt(least.noise)) / 1e4
+        reached = math.ceil(1e4 * settings.bound_of(least.noise)) / 1e4
         raise BudgetError(
-            f"max_grad_error={error:g} is out of reach: the overrides alone add {reached:g}; ask "
+            f"{name}={asked:g} is out of reach: the overrides alone add {reached:g}; ask "
             "for that or more, or give those tensors more bits"
         )
     return found

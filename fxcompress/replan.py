@@ -96,11 +96,11 @@ class Replanner:
         if slices is None:
             log.info("not planned again: the batch cannot be taken in parts as small as needed")
             return None
-        calibration = measured_on(
-            slices, replace(self.settings, calibration=None), gradients, used=self.used
-        )
+        calibration = measured_on(slices, self.settings, gradients, used=self.used)
         if calibration is None:
             return None
+        if calibration.scatter is None and self.settings.calibration is not None:
+            calibration = replace(calibration, scatter=self.settings.calibration.scatter)
         before, after = self._noise(calibration)
         seconds = time.perf_counter() - begun
         log.info(

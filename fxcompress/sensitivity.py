@@ -54,9 +54,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Saved tensors of a recording under probes, and the squared norm of its exact gradient."""
+    """Saved tensors of a recording under probes, and its exact gradient.
+
+    Attributes:
+        gradient: of each parameter, weighed as its errors are.
+        gradient_square: squared norm of the unweighed gradient.
+    """
 
     tensors: tuple[Measured, ...]
+    gradient: tuple[Tensor, ...]
     gradient_square: float
 
 
@@ -118,7 +124,8 @@ def sensitivity(
                 tuple(w.permute(order).contiguous() for w in weights) or None,
             )
         )
-    return Sensitivity(tuple(tensors), total)
+    weighed = tuple(g * s for g, s in zip(gradient, scales, strict=True))
+    return Sensitivity(tuple(tensors), weighed, total)
 
 
 def price(tensor: Measured, spec: str, gradient_square: float) -> Price:

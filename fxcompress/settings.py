@@ -37,6 +37,12 @@ class Settings:
             of the gradient is at most this: the root of the tensors' predicted squared errors
             summed, over the norm of each graph's own parameter gradients. Tensors whose noise
             could not be measured are not coded.
+        max_loss_increase: for ``policy="auto"`` with a calibration on several batches: the lowest
+            peak at which noise adds at most this share to the variance that a batch's gradient has
+            anyway, being of some samples only. Near a minimum, at a constant rate, the loss that
+            SGD cannot get rid of is proportional to that variance (Bottou, Curtis and Nocedal 2018,
+            theorem 4.6; AC-GC, Evans and Aamodt 2021, bounds errors by it): 0.05 lets this excess
+            grow by a twentieth. Calibrate with ``weighting="adam"`` for Adam.
         inner: ``"inductor"``, or ``"aot_eager"`` for quick debugging without code generation.
         group: elements that share one scale and minimum.
         min_bytes: saved tensors smaller than this are left alone.
@@ -60,6 +66,7 @@ class Settings:
     ratio_saved: float | None = None
     ratio: float | None = None
     max_grad_error: float | None = None
+    max_loss_increase: float | None = None
     inner: str = "inductor"
     group: int = 256
     min_bytes: int = 16384
@@ -112,6 +119,8 @@ class Settings:
                 "a tenth of the gradient's norm"
             )
         self._check_together()
+        if self.max_loss_increase is not None:
+            self._check_loss_increase(self.max_loss_increase)
         if self.inner not in INNER_COMPILERS:
             raise SettingsError(
                 f"inner={self.inner!r} is not known; choose one of {', '.join(INNER_COMPILERS)}"
@@ -132,7 +141,7 @@ class Settings:
         bounds = [b for b in _BOUNDS if getattr(self, b) is not None]
         if len(bounds) > 1:
             raise SettingsError(f"give {' or '.join(bounds)}, not both")
-        of_auto = [b for b in bounds if b in {"ratio_saved", "max_grad_error"}]
+        of_auto = [b for b in bounds if b in _BOUNDS[2:]]
         if of_auto and self.plan is None and not policy(self.policy).solves:
             raise SettingsError(
                 f"{of_auto[0]} needs a policy that chooses bits; policy={self.policy!r} has its "
@@ -149,6 +158,38 @@ class Settings:
             raise SettingsError(
                 f"a plan has its own choices: drop {of_auto[0] if of_auto else 'policy'}"
             )
+
+    def _check_loss_increase(self, share: float) -> None:
+        if not (math.isfinite(share) and share >= 0):
+            raise SettingsError(
+                f"max_loss_increase={share!r} must be 0 or more: 0.05 allows noise of a twentieth "
+                "of the variance between batches"
+            )
+        if self.calibration is None or self.calibration.scatter is None:
+            raise SettingsError(
+                f"max_loss_increase={share:g} needs to know how much gradients differ from batch "
+                "to batch: pass calibration=fxcompress.calibrate(model, batch1, batch2, loss=…), "
+                "on batches of the size that you train on, or smaller"
+            )
+
+    @property
+    def noise_ceiling(self) -> float | None:
+        """Largest allowed squared error of the gradient, over its squared norm; None: no bound."""
+        if self.max_grad_error is not None:
+            return self.max_grad_error**2
+        if self.max_loss_increase is not None:
+            assert self.calibration is not None
+            assert self.calibration.scatter is not None
+            return self.max_loss_increase * self.calibration.scatter
+        return None
+
+    def bound_of(self, noise: float) -> float:
+        """What would have to be asked for, in the unit of the bound on noise, to allow this."""
+        if self.max_loss_increase is None:
+            return math.sqrt(noise)
+        assert self.calibration is not None
+        scatter = self.calibration.scatter
+        return noise / scatter if scatter else math.inf
 
     @property
     def is_bounded(self) -> bool:
@@ -185,6 +226,7 @@ _PARSERS: dict[str, Any] = {
     "ratio_saved": float,
     "ratio": float,
     "max_grad_error": float,
+    "max_loss_increase": float,
     "inner": str,
     "group": int,
     "min_bytes": int,
@@ -201,7 +243,8 @@ _KINDS: dict[Any, tuple[type, str]] = {
     int: (numbers.Integral, "a whole number"),
     str: (str, "a text"),
 }
-_BOUNDS = ("budget_mb", "ratio", "ratio_saved", "max_grad_error")
+# The first two suit any policy.
+_BOUNDS = ("budget_mb", "ratio", "ratio_saved", "max_grad_error", "max_loss_increase")
 _OPTIONAL = frozenset({*_BOUNDS, "seed", "replan_every"})
 
 

@@ -268,6 +268,7 @@ def test_the_key_covers_the_plan() -> None:
 
 def test_bounds_exclude_each_other() -> None:
     bounds = {"budget_mb": 5, "ratio": 2, "ratio_saved": 2, "max_grad_error": 0.1}
+    bounds["max_loss_increase"] = 0.1
     for first, second in itertools.combinations(bounds, 2):
         with pytest.raises(fxcompress.SettingsError, match=f"give {first} or {second}, not both"):
             fxcompress.backend(**{first: bounds[first], second: bounds[second]})
@@ -281,6 +282,7 @@ def test_bounds_exclude_each_other() -> None:
         ({"ratio": float("nan")}, "1 or more"),
         ({"max_grad_error": -0.1}, "0 or more"),
         ({"max_grad_error": float("inf")}, "0 or more"),
+        ({"max_loss_increase": -0.1}, "0 or more"),
         ({"max_grad_error": 0.1, "policy": "uniform4"}, 'policy="auto"'),
         ({"max_grad_error": 0.1, "plan": Plan("auto", None, (), 0, 0)}, "its own choices"),
     ],
@@ -359,6 +361,63 @@ def test_max_grad_error_out_of_reach_of_overrides() -> None:
         trained(
             Deep(),
             max_grad_error=1e-3,
+            calibration=calibration,
+            overrides=[{"match": "*", "codec": "rotate(bits=1)"}],
+        )
+
+
+def batches(count: int) -> list[Tensor]:
+    return [torch.randn(512, 64, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+def test_scatter_is_the_variance_between_batches() -> None:
+    """Of gradients that autograd computes without us."""
+    model, given = Net(), batches(4)
+    calibration = fxcompress.calibrate(model, *given, loss=lambda loss: loss)
+    found = []
+    for each in given:
+        model.zero_grad()
+        model(each).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append(torch.cat([g.flatten().double() for g in gradients]))
+    stacked = torch.stack(found)
+    expected = stacked.var(0).sum() / stacked.square().sum(1).mean()
+    assert calibration.scatter == pytest.approx(float(expected), rel=1e-4)
+    restored = fxcompress.Calibration.from_json(calibration.to_json())
+    assert restored.scatter == calibration.scatter
+
+
+def test_max_loss_increase_is_a_share_of_the_scatter() -> None:
+    given = batches(2)
+    calibration = fxcompress.calibrate(Net(), *given, loss=lambda loss: loss)
+    assert calibration.scatter is not None
+    peaks = []
+    for share in (0.0, 0.01, 0.2):
+        plan, _ = trained(Net(), max_loss_increase=share, calibration=calibration)
+        assert plan.predicted_variance <= share * calibration.scatter * 1.001
+        same, _ = trained(
+            Net(), max_grad_error=(share * calibration.scatter) ** 0.5, calibration=calibration
+        )
+        assert same.tensors == plan.tensors
+        peaks.append(plan.planned_peak_bytes)
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[-1] < peaks[0]
+
+
+def test_max_loss_increase_needs_two_batches() -> None:
+    one = fxcompress.calibrate(Net(), batch(), loss=lambda loss: loss)
+    assert one.scatter is None
+    for calibration in (None, one):
+        with pytest.raises(fxcompress.SettingsError, match="batch1, batch2"):
+            fxcompress.backend(max_loss_increase=0.1, calibration=calibration)
+
+
+def test_max_loss_increase_out_of_reach_of_overrides() -> None:
+    calibration = fxcompress.calibrate(Net(), *batches(2), loss=lambda loss: loss)
+    with pytest.raises(fxcompress.BudgetError, match="max_loss_increase=0 is out of reach"):
+        trained(
+            Net(),
+            max_loss_increase=0.0,
             calibration=calibration,
             overrides=[{"match": "*", "codec": "rotate(bits=1)"}],
         )

@@ -66,6 +66,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-grad-error", type=float, metavar="E", help="lowest peak at this relative error"
     )
+    group.add_argument(
+        "--max-loss-increase",
+        type=float,
+        metavar="X",
+        help="lowest peak at this share of the variance between batches (needs --calibration)",
+    )
     group.add_argument("--policy", default=None, help="default: auto")
     group.add_argument("--calibration", type=Path, metavar="FILE", help="a saved calibration")
     group.add_argument("--seed", type=int, default=0, help="of the model's weights and batch")
@@ -221,7 +227,15 @@ def save(path: Path, text: str) -> None:
 
 
 def _plan(spec: str, args: argparse.Namespace) -> Plan:
-    names = ("budget_mb", "ratio", "ratio_saved", "max_grad_error", "policy", "calibration")
+    names = (
+        "budget_mb",
+        "ratio",
+        "ratio_saved",
+        "max_grad_error",
+        "max_loss_increase",
+        "policy",
+        "calibration",
+    )
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     with Console(stderr=True).status("planning"):
         return make(spec, args.batch, args.size, args.seed, args.measure, **given)
