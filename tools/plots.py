@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from fxcompress.codecs import codec, codec_names
 from fxcompress.errors import FxCompressError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from fxcompress.tools.study import Row as StudyRow
 
 _EVERY = 25  # steps that a point of a curve averages over
+_MARKERS = "osv^D"
 
 
 def pyplot() -> Any:
@@ -36,32 +38,79 @@ def pyplot() -> Any:
 
 
 def accuracy(runs: Sequence[Run], names: Sequence[str], path: Path, title: str) -> None:
-    """Held-out loss against saved bytes, and training curves (means over seeds)."""
+    """Against bits, held-out loss above the first policy's and accuracy; training curves beside.
+
+    A line joins policies that differ in bits only, dashed where their codec is biased; means over
+    seeds with standard errors.
+    """
+    plt = pyplot()
+    base = {r.seed: r.validation_loss for r in runs if r.policy == names[0]}
+    runs = [r for r in runs if r.seed in base]
+
+    def gap(run: Run) -> float:
+        return run.validation_loss - base[run.seed]
+
+    def right(run: Run) -> float | None:
+        return run.accuracy
+
+    measures: dict[str, Callable[[Run], Any]] = {f"held-out loss above {names[0]}'s": gap}
+    if all(r.accuracy is not None for r in runs):
+        measures["held-out accuracy"] = right
+    columns = len(measures) + 1
+    figure, axes = plt.subplots(1, columns, figsize=(6.5 * columns, 6), layout="constrained")
+    families: dict[str, list[str]] = {}
+    for name in names:
+        if any(r.policy == name for r in runs):
+            families.setdefault(_family(name), []).append(name)
+    for panel, (what, measure) in zip(axes, measures.items(), strict=False):
+        for i, (family, members) in enumerate(families.items()):
+            points = sorted(_point(runs, name, measure) for name in members)
+            at, values, errors = zip(*points, strict=True)
+            line = "--" if _is_biased(members[0]) else "-"
+            style = {"marker": _MARKERS[i // 10 % len(_MARKERS)], "capsize": 3, "linestyle": line}
+            panel.errorbar(at, values, yerr=errors, label=family, color=f"C{i % 10}", **style)
+        if measure is gap:  # some diverge, some are within chance of nothing
+            panel.set_yscale("symlog", linthresh=0.01)
+        panel.set(xscale="log", xlabel="bits for each float32 that plain Inductor saves")
+        panel.set(ylabel=what, title=title)
+    for name in names:
+        own = [r.losses for r in runs if r.policy == name]
+        curve = [mean(step) for step in zip(*own, strict=True)]
+        means = [mean(curve[i : i + _EVERY]) for i in range(0, len(curve), _EVERY)]
+        axes[-1].plot([i * _EVERY for i in range(len(means))], means, label=name, linewidth=1)
+    axes[-1].set(xlabel="step", ylabel="training loss", title=f"means of {_EVERY} steps")
+    for panel in axes:
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=6)
+    _save(plt, figure, path)
+
+
+def _point(
+    runs: Sequence[Run], name: str, measure: Callable[[Run], Any]
+) -> tuple[float, float, float]:
+    """(bits for each saved float32, mean over seeds, its standard error) of a policy."""
     from fxcompress.tools.bench_accuracy import standard_error
 
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
-    for name in names:
-        own = [r for r in runs if r.policy == name]
-        if not own:
-            continue
-        losses = [r.validation_loss for r in own]
-        share = mean(r.saved_mb for r in own) / mean(r.plain_saved_mb for r in own)
-        left.errorbar(
-            share, mean(losses), yerr=standard_error(losses), fmt="o", capsize=3, label=name
-        )
-        curve = [mean(step) for step in zip(*(r.losses for r in own), strict=True)]
-        points = [mean(curve[i : i + _EVERY]) for i in range(0, len(curve), _EVERY)]
-        right.plot([i * _EVERY for i in range(len(points))], points, label=name)
-    left.set(xscale="log", xlabel="saved bytes over plain Inductor's", ylabel="held-out loss")
-    right.set(xlabel="step", ylabel="training loss")
-    left.set_title(title)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    own = [r for r in runs if r.policy == name]
+    share = mean(r.saved_mb for r in own) / mean(r.plain_saved_mb for r in own)
+    values = [measure(r) for r in own]
+    return 32 * share, mean(values), standard_error(values) or 0.0
+
+
+def _family(name: str) -> str:
+    """The policy without its bits: ``rotate2`` and ``rotate4`` are one family, ``aq-1.0`` its own.
+
+    >>> [_family(n) for n in ("rotate2", "auto@12", "rotate(bits=2,scale=lsq)", "aq-1.0")]
+    ['rotate', 'auto', 'rotate(scale=lsq)', 'aq-1.0']
+    """
+    bare = re.sub(r"(bits|rate|beta|levels)=[\d.]+,?", "", name.partition("@")[0])
+    return re.sub(r"^([a-z]+)[\d.]+$", r"\1", bare.replace(",)", ")").replace("()", ""))
+
+
+def _is_biased(name: str) -> bool:
+    if "unbiased=False" in name:
+        return True
+    return name.partition("(")[0] in codec_names() and not codec(name).unbiased
 
 
 def rate_distortion(rows: Sequence[RateRow], path: Path) -> None:
