@@ -14,6 +14,7 @@ from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.rewrite import (
     KEEP,
     MASKS,
+    RECOMPUTE,
     SHAPE,
     Choice,
     hoisted_nodes,
@@ -63,6 +64,18 @@ def codable_choice(candidate: Candidate, spec: str) -> Choice:
     return choice
 
 
+def recompute_choice(candidate: Candidate) -> Choice | None:
+    """Rebuilt from other saved tensors; None where nothing rebuilds it."""
+    recipe = candidate.recipe
+    if recipe is None:
+        return None
+    heavy = list(dict.fromkeys(prop.op_name(n) for n in recipe.steps if prop.is_extern(n)))
+    names = [n.name for n in recipe.roots] or ["inputs of the model"]
+    sources = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    what = f"{len(recipe.steps)} steps" + (f" ({', '.join(heavy)})" if heavy else "")
+    return Choice(candidate, RECOMPUTE, f"rebuilt by {what} from {sources}")
+
+
 def payload_bytes(candidate: Candidate, spec: str) -> int:
     """Bytes of the tensor's own payload under ``spec``."""
     return codec(spec).payload_bytes(candidate.stored_shape, candidate.fake.dtype)
@@ -97,5 +110,14 @@ def bytes_of(choice: Choice, masks: dict[str, int]) -> int:
     candidate = choice.candidate
     if choice.representation == KEEP:
         return candidate.storage_bytes
+    if choice.representation == RECOMPUTE:
+        return statistics_bytes(candidate) + masks.get(candidate.name, 0)
     own = 0 if choice.codec_spec is None else payload_bytes(candidate, choice.codec_spec)
     return own + masks.get(candidate.name, 0)
+
+
+def statistics_bytes(candidate: Candidate) -> int:
+    """Bytes of the statistics that are saved to rebuild the tensor (others may need them too)."""
+    assert candidate.recipe is not None
+    sizes = (prop.value(n).nbytes for n in candidate.recipe.statistics)
+    return sum(torch_private.size_hint(size) for size in sizes)

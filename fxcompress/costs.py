@@ -27,9 +27,11 @@ from fxcompress import __version__, files, schema, torch_private
 from fxcompress.agree import agreed
 from fxcompress.codecs import codec, states
 from fxcompress.codecs.transform import RATES, Transform, coder
+from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate, saved_bytes
 from fxcompress.passes.capture import Cut
-from fxcompress.passes.rewrite import Choice
+from fxcompress.passes.recipes import Recipe
+from fxcompress.passes.rewrite import RECOMPUTE, Choice
 
 log = logging.getLogger("fxcompress")
 
@@ -94,13 +96,28 @@ def step_seconds(cut: Cut, candidates: Sequence[Candidate], found: Rates) -> flo
 
 
 def added_seconds(choice: Choice, found: Rates) -> float:
-    """Time that encoding and decoding add to a step; masks, packed by all, do not count."""
+    """Time that encoding and decoding, or rebuilding, add to a step; masks, packed by all, do not
+    count."""
+    candidate = choice.candidate
+    if choice.representation == RECOMPUTE:
+        assert candidate.recipe is not None
+        return _rebuilding_seconds(candidate.recipe, found)
     if choice.codec_spec is None:
         return 0.0
-    candidate = choice.candidate
     elements = candidate.own_bytes / candidate.fake.element_size()
     into_fresh_memory = candidate.own_bytes / found.bytes
     return elements * _nanoseconds(choice.codec_spec, found) * 1e-9 + into_fresh_memory
+
+
+def _rebuilding_seconds(recipe: Recipe, found: Rates) -> float:
+    """A share of the products among the steps, and of what they write into fresh memory."""
+    moved = 0
+    for node in recipe.steps:
+        if prop.is_tensor(node) and (prop.is_extern(node) or node is recipe.steps[-1]):
+            value = prop.value(node)
+            moved += torch_private.size_hint(value.numel()) * value.element_size()
+    seconds = sum(map(_flops, recipe.steps)) / found.flops + moved / found.bytes
+    return recipe.share * seconds
 
 
 def rates(device: str) -> Rates:

@@ -11,7 +11,7 @@ from fxcompress.decision import Baseline, Decision
 from fxcompress.evidence import TensorEvidence
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate
-from fxcompress.passes.rewrite import KEEP, Choice
+from fxcompress.passes.rewrite import KEEP, RECOMPUTE, Choice
 from fxcompress.plan import Alternative, Plan, TensorPlan
 from fxcompress.policies import policy
 from fxcompress.program import Option
@@ -88,7 +88,7 @@ def _rebuilt(candidate: Candidate) -> TensorPlan:
     row = _row(Choice(candidate, KEEP), {}, candidate.storage_bytes)
     steps = f"{len(candidate.recompute)} steps" if candidate.recompute else "pointwise steps"
     reason = f"rebuilt by {steps} from another saved tensor"
-    return replace(row, representation="recompute", bytes_after=0, reason=reason)
+    return replace(row, representation=RECOMPUTE, bytes_after=0, reason=reason)
 
 
 def _row(
@@ -100,6 +100,7 @@ def _row(
 ) -> TensorPlan:
     candidate = choice.candidate
     node, fake = candidate.saved.forward, candidate.fake
+    steps = candidate.recipe.steps if candidate.recipe is not None else candidate.recompute
     return TensorPlan(
         name=candidate.name,
         module=module_path(node),
@@ -110,7 +111,7 @@ def _row(
         storage_bytes=before,
         smooth_readers=tuple(prop.op_name(n) for n in candidate.smooth),
         exact_readers=tuple(prop.op_name(n) for n in candidate.exact),
-        recompute=tuple(prop.op_name(n) for n in candidate.recompute),
+        recompute=tuple(prop.op_name(n) for n in steps),
         representation=choice.representation,
         bytes_after=bytes_of(choice, masks),
         reason=choice.reason or (why_kept if choice.representation == KEEP else ""),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from fxcompress.program import Array, Program, is_kept
+from fxcompress.program import Array, Flags, Program, is_exact, is_kept, is_rebuilt
 
 ROUNDS = 2000  # positions brought down before giving up
 HALVINGS = 20  # of the interval in which the lowest peak lies
@@ -28,12 +28,16 @@ class _Moves:
         columns: [moves, columns] sparse, 1 where a move takes a column, its masks included.
         unit: the buffer of each move.
         noise, size: of each move, bytes saved.
+        exact: the backward has what the move is about, from the forward.
+        roots: buffers that must be exact for a move that rebuilds.
     """
 
     columns: Any
     unit: Any
     noise: Array
     size: Array
+    exact: Flags
+    roots: tuple[frozenset[int], ...]
 
 
 def within(
@@ -100,15 +104,18 @@ def _bring_down(moves: _Moves, now: Any, size: Array, over: float) -> bool:
     ratio = np.where(useful, price / np.where(useful, freed, 1.0), np.inf)
     order = np.lexsort((moves.noise, ratio))
     seen: set[int] = set()
+    needed = frozenset[int]().union(*(moves.roots[move] for move in now))
     for move in order:
         if not useful[move] or over <= 0:
             break
         unit = int(moves.unit[move])
-        if unit not in seen:
+        has_roots = all(moves.exact[now[root]] for root in moves.roots[move])
+        if unit not in seen and has_roots and (moves.exact[move] or unit not in needed):
             seen.add(unit)
             now[unit] = move
+            needed |= moves.roots[move]
             over -= freed[move]
-    return True
+    return bool(seen)
 
 
 def _start(moves: _Moves) -> Any:
@@ -133,24 +140,38 @@ def _taken(program: Program, moves: _Moves, now: Any) -> Array:
 def _moves(program: Program) -> _Moves:
     rows: list[list[int]] = []
     unit: list[int] = []
+    exact: list[bool] = []
+    roots: list[frozenset[int]] = []
+    at = {i: n for n, views in enumerate(program.units) for view in views for i in view}
+    rebuilt = {
+        each.columns[0]: frozenset(at[usable[0]] for usable in each.roots if usable)
+        for each in program.rebuilt
+        if all(each.roots)
+    }
     for number, views in enumerate(program.units):
         for columns in _together(program, views):
+            if is_rebuilt(program.options[columns[0]]) and columns[0] not in rebuilt:
+                continue
             rows.append([*columns, *_masks(program, columns)])
             unit.append(number)
+            exact.append(all(is_exact(program.options[i]) for i in columns))
+            roots.append(rebuilt.get(columns[0], frozenset()))
     lengths = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=int)])
     flat = [column for row in rows for column in row]
     shape = (len(rows), len(program.sizes))
     matrix = sparse.csr_array((np.ones(len(flat)), flat, lengths), shape=shape)
-    return _Moves(matrix, np.array(unit, dtype=int), matrix @ program.cost, matrix @ program.sizes)
+    noise, size = matrix @ program.cost, matrix @ program.sizes
+    return _Moves(matrix, np.array(unit, dtype=int), noise, size, np.array(exact), tuple(roots))
 
 
 def _together(program: Program, views: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Ways in which the views of one buffer may be chosen: all kept, or coded alike."""
+    """Ways in which the views of one buffer may be chosen: all kept, rebuilt, or coded alike."""
     if len(views) == 1:
         return [[column] for column in views[0]]
     kept = [[i for i in view if is_kept(program.options[i])] for view in views]
-    coded = [[i for i in view if not is_kept(program.options[i])] for view in views]
-    ways = [[view[0] for view in kept]] if all(kept) else []
+    again = [[i for i in view if is_rebuilt(program.options[i])] for view in views]
+    coded = [[i for i in view if i not in (*kept[j], *again[j])] for j, view in enumerate(views)]
+    ways = [[view[0] for view in part] for part in (kept, again) if all(part)]
     if all(coded):
         longest = max(map(len, coded))
         ways += [[view[min(j, len(view) - 1)] for view in coded] for j in range(longest)]

@@ -17,7 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from fxcompress.choose import bytes_of, codable_choice, exact_choice, is_codable
+from fxcompress.choose import (
+    bytes_of,
+    codable_choice,
+    exact_choice,
+    is_codable,
+    recompute_choice,
+)
 from fxcompress.codecs import codec
 from fxcompress.codecs.levels import levels
 from fxcompress.costs import Clock
@@ -85,6 +91,9 @@ def ladder(
     lossless = [Option(exact, 0.0)]
     if exact.representation != KEEP:
         lossless.append(Option(Choice(candidate, KEEP, "kept"), 0.0))
+    rebuilt = recompute_choice(candidate)
+    if rebuilt is not None and exact.representation == KEEP:
+        lossless.append(Option(rebuilt, 0.0, clock.slowdown(rebuilt) if clock else 0.0))
     if not is_codable(candidate):
         return lossless
     measured = evidence is not None and bool(evidence.prices)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import fx
 
 from fxcompress.passes.capture import Cut
+from fxcompress.passes.rewrite import RECOMPUTE
 from fxcompress.plan import Plan
 from fxcompress.provenance import module_path
 
@@ -35,5 +36,8 @@ def located(plan: Plan, cut: Cut) -> Plan:
         replace(moment, module=module_path(by_phase[moment.phase][moment.node]))
         for moment in plan.timeline
     )
-    tensors = tuple(replace(tensor, alive=alive.get(tensor.name)) for tensor in plan.tensors)
+    tensors = tuple(
+        replace(t, alive=None if t.representation == RECOMPUTE else alive.get(t.name))
+        for t in plan.tensors
+    )
     return replace(plan, timeline=moments, tensors=tensors)

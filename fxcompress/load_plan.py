@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxcompress.choose import codable_choice, exact_choice, is_codable
+from fxcompress.choose import codable_choice, exact_choice, is_codable, recompute_choice
 from fxcompress.codecs import codec
 from fxcompress.errors import CodecError, SettingsError
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate
-from fxcompress.passes.rewrite import KEEP, MASKS, SHAPE, Choice
+from fxcompress.passes.rewrite import KEEP, MASKS, RECOMPUTE, SHAPE, Choice
 from fxcompress.plan import Plan, TensorPlan
 from fxcompress.provenance import module_path
-
-RECOMPUTE = "recompute"
 
 
 def choices_of(
@@ -108,7 +106,12 @@ def _choice(candidate: Candidate, row: TensorPlan) -> Choice:
     if spec == KEEP:
         return Choice(candidate, KEEP, row.reason)
     if spec == RECOMPUTE:
-        raise SettingsError(f"{_of(row)}: nothing rebuilds this tensor; write {KEEP!r} or a codec")
+        choice = recompute_choice(candidate)
+        if choice is None:
+            raise SettingsError(
+                f"{_of(row)}: nothing rebuilds this tensor; write {KEEP!r} or a codec"
+            )
+        return choice
     if spec == exact.representation:
         return Choice(candidate, spec, row.reason)
     if spec in {MASKS, SHAPE}:

@@ -6,6 +6,7 @@ they get::
     {"match": "layers.*.mlp.act", "bits": 4}
     {"match": "op:aten.convolution", "keep": True}
     {"match": "tensor:relu_3", "codec": "rotate(bits=2)"}
+    {"match": "op:addmm", "representation": "recompute"}
 
 Patterns are shell patterns (``*``, ``?``, ``[…]``; ``*`` crosses dots). Where several rules match a
 tensor, the last one holds. What no rule matches is planned as ever; what is exact anyway (masks,
@@ -34,9 +35,9 @@ from fxcompress.evidence import TensorEvidence
 from fxcompress.ladder import cost
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate
-from fxcompress.passes.rewrite import KEEP, Choice
+from fxcompress.passes.rewrite import KEEP, RECOMPUTE, Choice
+from fxcompress.program import Option, is_exact, is_rebuilt
 from fxcompress.provenance import module_path
-from fxcompress.solve import Option
 
 log = logging.getLogger("fxcompress")
 
@@ -45,7 +46,7 @@ Ladder = Sequence[Option]
 
 @dataclass(frozen=True)
 class Rule:
-    """What the tensors that ``match`` get; exactly one of ``bits``, ``codec`` and ``keep``.
+    """What the tensors that ``match`` get; exactly one of the others.
 
     Attributes:
         match: pattern of module paths as ``named_modules`` spells them; of operators after
@@ -54,12 +55,15 @@ class Rule:
         bits: the least noisy codec of at most so many bits an element, scales apart.
         codec: this codec.
         keep: the tensor as it is.
+        representation: ``recompute``: rebuilt in the backward, where a short chain of steps leads
+            to it from saved tensors that are not rebuilt themselves.
     """
 
     match: str
     bits: float | None = None
     codec: str | None = None
     keep: bool = False
+    representation: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, str) or not self.match.strip():
@@ -69,8 +73,13 @@ class Rule:
             )
         if not isinstance(self.keep, bool):
             raise SettingsError(f"override {self}: keep is True or absent")
-        if (self.bits is not None) + (self.codec is not None) + self.keep != 1:
-            raise SettingsError(f"override {self}: give exactly one of bits, codec, keep=True")
+        given = [x for x in (self.bits, self.codec, self.representation) if x is not None]
+        if len(given) + self.keep != 1:
+            raise SettingsError(
+                f"override {self}: give exactly one of bits, codec, keep=True, representation"
+            )
+        if self.representation not in {None, RECOMPUTE}:
+            raise SettingsError(f"override {self}: representation is {RECOMPUTE!r} or absent")
         if self.bits is not None:
             is_number = isinstance(self.bits, int | float) and not isinstance(self.bits, bool)
             if not (is_number and math.isfinite(self.bits) and self.bits > 0):
@@ -177,6 +186,11 @@ def _ruled(
     reason = f"by the override for {rule.match}"
     if rule.keep:
         return [Option(Choice(candidate, KEEP, reason), 0.0)]
+    if rule.representation is not None:
+        again = [o for o in ladder if o.choice.representation == RECOMPUTE]
+        if not again:
+            log.warning("override %s: nothing rebuilds %s", rule, candidate.name)
+        return again or list(ladder)
     if not is_codable(candidate):
         log.info("override %s: %s stays, %s", rule, candidate.name, ladder[0].choice.reason)
         return list(ladder[:1])
@@ -226,7 +240,11 @@ def noise_of(choice: Choice, ladder: Ladder, evidence: TensorEvidence | None) ->
 
 
 def reconciled(candidates: Sequence[Candidate], ladders: list[Ladder]) -> list[Ladder]:
-    """A view of a buffer that stays whole because of another view stays too, whatever its rule."""
+    """What rules ask of a tensor that those of others do not allow is not done.
+
+    A view of a buffer that stays whole because of another view stays too; and what would be rebuilt
+    is kept where its roots are not there to start from.
+    """
     only_kept = {
         prop.storage_root(c.saved.forward): c.name
         for c, found in zip(candidates, ladders, strict=True)
@@ -240,7 +258,30 @@ def reconciled(candidates: Sequence[Candidate], ladders: list[Ladder]) -> list[L
             log.warning("override of %s is not followed: it %s", candidate.name, reason)
             ladder = [Option(Choice(candidate, KEEP, reason), 0.0)]
         settled.append(ladder)
+    _keep_without_roots(candidates, settled)
     return settled
+
+
+def _keep_without_roots(candidates: Sequence[Candidate], ladders: list[Ladder]) -> None:
+    """Take the option to rebuild from tensors that cannot be rebuilt, roots first."""
+    buffers: dict[fx.Node, list[int]] = {}
+    for i, candidate in enumerate(candidates):
+        buffers.setdefault(prop.storage_root(candidate.saved.forward), []).append(i)
+    for views in buffers.values():
+        if not any(is_rebuilt(o) for i in views for o in ladders[i]):
+            continue
+        recipes = [r for i in views if (r := candidates[i].recipe) is not None]
+        roots = {prop.storage_root(node) for recipe in recipes for node in recipe.roots}
+        needed = [j for root in roots for j in buffers.get(root, ())]
+        lacks = [j for j in needed if not any(map(is_exact, ladders[j]))]
+        lacks += [j for j in views if not any(map(is_rebuilt, ladders[j]))]
+        for i in views if lacks else ():
+            left = [o for o in ladders[i] if not is_rebuilt(o)]
+            if not left:
+                reason = f"cannot be rebuilt without {candidates[lacks[0]].name}"
+                log.warning("override of %s is not followed: it %s", candidates[i].name, reason)
+                left = [Option(Choice(candidates[i], KEEP, reason), 0.0)]
+            ladders[i] = left
 
 
 def _op_names(node: fx.Node) -> set[str]:

@@ -8,7 +8,8 @@ until the loop runs. Parameters, their gradients and the step's inputs are not c
 
 Each saved tensor contributes by its representation: kept, its bytes from birth to its last reader;
 coded, its bytes until the last forward reader, the payload from there to the last decode, and a
-decoded copy around each cluster of readers.
+decoded copy around each cluster of readers; rebuilt, its bytes until the last forward reader and
+again from the first backward reader on, what its steps write on the way, and its roots until then.
 """
 
 from __future__ import annotations
@@ -23,14 +24,20 @@ import torch
 from torch import fx
 
 from fxcompress import torch_private
-from fxcompress.choose import hoisted_bytes, payload_bytes, workspace_bytes
+from fxcompress.choose import (
+    hoisted_bytes,
+    payload_bytes,
+    statistics_bytes,
+    workspace_bytes,
+)
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.capture import Cut, output_args, placeholders
 from fxcompress.passes.insert import clusters
 from fxcompress.passes.layout import can_pin, copied_inputs
+from fxcompress.passes.recipes import Recipe
 from fxcompress.passes.rectified import mask_of
-from fxcompress.passes.rewrite import KEEP, Choice, hoisted_nodes
+from fxcompress.passes.rewrite import KEEP, RECOMPUTE, Choice, hoisted_nodes
 from fxcompress.passes.standardise import units_of
 
 Bytes = npt.NDArray[np.float64]
@@ -52,9 +59,10 @@ class Timeline:
         plain_extra: what plain Inductor holds besides (see passes/layout.py).
         kept: by candidate, bytes if it is kept.
         dropped: by candidate, bytes of the original if the backward does without it.
-        decoded: by candidate, bytes of decoded copies if it is coded.
+        decoded: by candidate, bytes of copies that are encoded or decoded if it is coded.
         held: by candidate, 1 while its payload is alive.
         coding: by candidate, 1 where it is encoded or decoded.
+        rebuilt: by candidate that has a recipe, bytes of the rebuilt tensor and what it takes.
         masks: by hoisted node, bytes of its payload and unpacked copies.
         mask_payload: by hoisted node, bytes of its payload.
         names: node at each position.
@@ -68,6 +76,7 @@ class Timeline:
     decoded: dict[str, Bytes]
     held: dict[str, Bytes]
     coding: dict[str, Bytes]
+    rebuilt: dict[str, Bytes]
     masks: dict[fx.Node, Bytes]
     mask_payload: dict[fx.Node, int]
     names: tuple[str, ...]
@@ -78,6 +87,8 @@ class Timeline:
         name, spec = choice.candidate.name, choice.codec_spec
         if choice.representation == KEEP:
             return self.kept[name]
+        if choice.representation == RECOMPUTE:
+            return self.dropped[name] + self.rebuilt[name]
         if spec is None:
             return self.dropped[name]
         found = self.dropped[name] + self.decoded[name]
@@ -164,6 +175,7 @@ def timeline(
                 base += copy
 
     kept, dropped, decoded, held, coding = {}, {}, {}, {}, {}
+    rebuilt = _rebuilt(step, cut, candidates, others, channels_last=channels_last)
     masks: dict[fx.Node, Bytes] = {}
     for candidate in candidates:
         name, saved = candidate.name, candidate.saved
@@ -174,11 +186,11 @@ def timeline(
         size = 0 if root in held_by_user else candidate.own_bytes
         kept[name] = step.span(born, needed, size) + others * size
         dropped[name] = step.span(born, used, size)
-        # A second buffer: in the units of its channels, or with its zeros filled.
-        if units_of(saved.forward) is not None or mask_of(candidate) is not None:
-            dropped[name] += step.span(used, used, size)
         readers = _live_readers(candidate)
         decoded[name] = _copies(step, cut, readers, candidate.own_bytes)
+        # A second buffer: in the units of its channels, or with its zeros filled.
+        if units_of(saved.forward) is not None or mask_of(candidate) is not None:
+            decoded[name] += step.span(used, used, size)
         for node in candidate.attention:  # its forward runs again, into a buffer of q's size
             decoded[name] += step.span(step.at[node], step.at[node], candidate.own_bytes)
         held[name] = step.span(used, _last_decode(step, cut, readers, used), 1) + others
@@ -202,6 +214,7 @@ def timeline(
         decoded,
         held,
         coding,
+        rebuilt,
         masks,
         payloads,
         tuple(names),
@@ -218,6 +231,73 @@ def _saved_inputs(cut: Cut) -> int:
         if i not in cut.static_inputs and i < len(gradients) and gradients[i] is not None
     }
     return sum(_bytes(n) for n in {prop.storage_root(s.forward) for s in cut.saved} & inputs)
+
+
+def _rebuilt(
+    step: _Step, cut: Cut, candidates: Sequence[Candidate], others: int, *, channels_last: bool
+) -> dict[str, Bytes]:
+    """By candidate that has a recipe, what it adds if it is rebuilt (see passes/rebuild.py).
+
+    Two that need the same root for longer than others do are each counted for it.
+    """
+    backward = {s.forward: s.backward for s in cut.saved}
+    sizes = {c.saved.forward: c.own_bytes for c in candidates}
+    first: dict[fx.Node, int] = {}  # by buffer: where its views are rebuilt
+    for candidate in candidates:
+        root = prop.storage_root(candidate.saved.forward)
+        readers = [step.at[u] for u in candidate.saved.backward.users]
+        first[root] = min([first.get(root, step.end), *readers])
+    found = {}
+    for candidate in candidates:
+        recipe = candidate.recipe
+        if recipe is None:
+            continue
+        start = first[prop.storage_root(candidate.saved.forward)]
+        end = max(step.last[candidate.saved.backward], start)
+        total = step.span(start, end, candidate.own_bytes)
+        total[start] += recipe.share * workspace_of(recipe, copies_weights=channels_last)
+        for root in recipe.roots:
+            needed = max(step.last[backward[root]], step.end_forward)
+            if root in sizes and needed < start:
+                total[needed + 1 : start + 1] += recipe.share * sizes[root]
+        statistics = recipe.share * statistics_bytes(candidate)
+        total += step.span(step.birth(candidate.saved.forward), start, statistics)
+        found[candidate.name] = total + others * statistics
+    return found
+
+
+def workspace_of(recipe: Recipe, *, copies_weights: bool) -> int:
+    """Bytes that the steps of a recipe write on their way to the tensor, at most at one time.
+
+    Args:
+        copies_weights: a convolution has its weight reordered.
+    """
+    place = {node: i for i, node in enumerate(recipe.steps)}
+    last: dict[fx.Node, int] = {}
+    written: set[fx.Node] = set()
+    for node in reversed(recipe.steps):
+        last[node] = place[node]
+        for user in node.users:
+            if user not in place:
+                continue
+            is_call = _writes_memory(user) and user.target is not operator.getitem
+            last[node] = max(last[node], place[user] if is_call else last[user])
+            passes_on = prop.is_view(user) or user.target is operator.getitem
+            if prop.is_extern(user) or (passes_on and user in written):
+                written.add(node)
+        if _writes_memory(node):
+            written.add(node)
+    alive = np.zeros(len(recipe.steps))
+    for node in written:
+        is_part = prop.is_view(node) or node.target is operator.getitem
+        if not is_part and node is not prop.storage_root(recipe.steps[-1]):
+            alive[place[node] : last[node] + 1] += _bytes(node)
+    for node in recipe.steps if copies_weights else ():
+        if prop.op_name(node) == "convolution":
+            weight = node.args[1]
+            assert isinstance(weight, fx.Node)
+            alive[place[node]] += _bytes(weight)
+    return int(alive.max(initial=0.0))
 
 
 def _copies(step: _Step, cut: Cut, readers: Sequence[fx.Node], size: float) -> Bytes:

@@ -65,10 +65,10 @@ class TensorPlan:
         storage_bytes: bytes of the storage it keeps alive; 0 where another entry counts it.
         smooth_readers, exact_readers: backward ops that read it; the second sort (comparisons,
             pooling indices, …) never see a decoded value.
-        recompute: cheap ops that would rebuild it from other saved tensors; empty if none would.
+        recompute: ops that would rebuild it from other saved tensors; empty if none would.
         representation: a codec's spec, "keep", "masks" (only what its exact readers need is
-            saved), "shape" (no reader looks at the values) or "recompute" (a few pointwise steps
-            rebuild it from another saved tensor).
+            saved), "shape" (no reader looks at the values) or "recompute" (the backward rebuilds
+            it from other saved tensors).
         bytes_after: bytes saved for it now, its share of hoisted masks included.
         reason: why it was left alone, or why it has this representation.
         predicted_variance: squared error that the representation adds to the parameter gradients,

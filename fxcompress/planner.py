@@ -8,6 +8,7 @@ is guessed (fxcompress/ladder.py).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +22,7 @@ from fxcompress.ladder import hedges, ladder
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.capture import Cut
-from fxcompress.passes.rewrite import KEEP, Choice
+from fxcompress.passes.rewrite import KEEP, RECOMPUTE, Choice
 from fxcompress.peak import Timeline, timeline
 from fxcompress.plan import Moment
 from fxcompress.policies import Situation, policy
@@ -36,6 +37,8 @@ from fxcompress.solve import (
     least_peak,
     least_saved,
 )
+
+log = logging.getLogger("fxcompress")
 
 DEFAULT_BITS = 4  # "auto" with neither budget nor ratio
 MOMENTS = 400  # of the timeline that a plan carries
@@ -145,7 +148,23 @@ def _followed(
         assert choose is not None
         choices = choose(Situation(candidates, None, settings.group, evidence or {}))
     pairs = zip(choices, ladders, strict=True)
-    return tie_storages([o[0].choice if c.candidate.name in fixed else c for c, o in pairs])
+    chosen_or_fixed = [o[0].choice if c.candidate.name in fixed else c for c, o in pairs]
+    return with_roots(tie_storages(chosen_or_fixed))
+
+
+def with_roots(choices: Sequence[Choice]) -> tuple[Choice, ...]:
+    """What would be rebuilt from tensors that are not exact, or are rebuilt, is kept."""
+    settled = {c.candidate.saved.forward: c for c in choices}
+    for node, choice in settled.items():  # roots come first
+        recipe = choice.candidate.recipe
+        if choice.representation != RECOMPUTE or recipe is None:
+            continue
+        lacks = [n for n in recipe.roots if n in settled and not settled[n].is_exact]
+        if lacks:
+            reason = f"cannot be rebuilt: {lacks[0].name} is not kept as it is"
+            log.warning("%s %s", choice.candidate.name, reason)
+            settled[node] = Choice(choice.candidate, KEEP, reason)
+    return tie_storages(tuple(settled.values()))
 
 
 def tie_storages(choices: Sequence[Choice]) -> tuple[Choice, ...]:

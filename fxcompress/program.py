@@ -21,7 +21,7 @@ from torch import fx
 
 from fxcompress.choose import bytes_of
 from fxcompress.passes import properties as prop
-from fxcompress.passes.rewrite import KEEP, Choice
+from fxcompress.passes.rewrite import KEEP, RECOMPUTE, Choice
 from fxcompress.peak import Timeline
 
 # A step that takes twice as long is worth avoiding for this much gradient noise: at 0.05 a plan is
@@ -54,6 +54,21 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Rebuilt:
+    """A buffer that may be rebuilt, as columns.
+
+    Attributes:
+        columns: the option to rebuild, of each of its views.
+        instead: what each takes where they are not.
+        roots: for each tensor they are rebuilt from, the options of which one must be taken.
+    """
+
+    columns: tuple[int, ...]
+    instead: tuple[int, ...]
+    roots: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
 class Program:
     """See the module docstring.
 
@@ -65,9 +80,11 @@ class Program:
         base: bytes at each position that no column changes.
         sizes: saved bytes by column.
         noise, cost: by column, 0 for masks.
-        rules: exactly one option a tensor; masks where needed; one buffer coded or kept whole.
+        rules: exactly one option a tensor; masks where needed; one buffer coded, kept or rebuilt
+            whole; what is rebuilt has its roots, exact ones, none of them rebuilt itself.
         units: options of tensors that share a buffer, tensor by tensor.
         starts: the first option of each tensor.
+        rebuilt: buffers that may be rebuilt, roots first.
     """
 
     options: tuple[Option, ...]
@@ -80,6 +97,7 @@ class Program:
     rules: LinearConstraint
     units: tuple[tuple[tuple[int, ...], ...], ...]
     starts: npt.NDArray[np.int64]
+    rebuilt: tuple[Rebuilt, ...]
 
     def total(self, taken: Array) -> Array:
         """Bytes alive at each position when the columns are ``taken``."""
@@ -106,6 +124,7 @@ def build(ladders: Sequence[Sequence[Option]], step: Timeline) -> Program:
     changes = _changes(chain(alive, (step.masks[m] for m in masks)), len(step.base))
     own = _own_columns(ladders)
     units = _units(ladders, own)
+    rebuilt = _rebuilt(options, own, units)
     return Program(
         options,
         masks,
@@ -114,9 +133,10 @@ def build(ladders: Sequence[Sequence[Option]], step: Timeline) -> Program:
         np.array(sizes),
         np.array([o.noise for o in options] + [0.0] * len(masks)),
         np.array([o.cost for o in options] + [0.0] * len(masks)),
-        _rules(options, masks, own, units),
+        _rules(options, masks, own, units, rebuilt),
         units,
         np.array([columns[0] for columns in own], dtype=int),
+        rebuilt,
     )
 
 
@@ -151,11 +171,43 @@ def _units(
     return tuple(tuple(views) for views in found.values())
 
 
+def _rebuilt(
+    options: Sequence[Option],
+    own: Sequence[tuple[int, ...]],
+    units: Sequence[Sequence[tuple[int, ...]]],
+) -> tuple[Rebuilt, ...]:
+    columns_of = {options[columns[0]].choice.candidate.saved.forward: columns for columns in own}
+    found = []
+    for views in units:
+        again = [[i for i in view if is_rebuilt(options[i])][:1] for view in views]
+        if not all(again):
+            continue
+        recipes = [options[i].choice.candidate.recipe for (i,) in again]
+        roots = dict.fromkeys(n for r in recipes if r is not None for n in r.roots)
+        instead = [
+            min(view, key=lambda i: (is_rebuilt(options[i]), not is_kept(options[i])))
+            for view in views
+        ]
+        found.append(
+            Rebuilt(
+                tuple(i for (i,) in again),
+                tuple(instead),
+                tuple(
+                    tuple(i for i in columns_of[root] if is_exact(options[i]))
+                    for root in roots
+                    if root in columns_of
+                ),
+            )
+        )
+    return tuple(found)
+
+
 def _rules(
     options: Sequence[Option],
     masks: Sequence[fx.Node],
     own: Sequence[tuple[int, ...]],
     units: Sequence[Sequence[tuple[int, ...]]],
+    rebuilt: Sequence[Rebuilt],
 ) -> LinearConstraint:
     rows: list[dict[int, float]] = []
     low: list[float] = []
@@ -178,6 +230,20 @@ def _rules(
         for other in others:
             kept = [[i for i in view if is_kept(options[i])] for view in (first, other)]
             rule(dict.fromkeys(kept[0], 1.0) | dict.fromkeys(kept[1], -1.0), 0.0, 0.0)
+    together = {each.columns[0]: each for each in rebuilt}
+    for views in units:
+        again = [[i for i in view if is_rebuilt(options[i])] for view in views]
+        if not any(again):
+            continue
+        whole = together.get(again[0][0]) if again[0] else None
+        if whole is None:  # a view that cannot be rebuilt holds the others back
+            for column in chain(*again):
+                rule({column: 1.0}, 0.0, 0.0)
+            continue
+        for column in whole.columns[1:]:
+            rule({whole.columns[0]: 1.0, column: -1.0}, 0.0, 0.0)
+        for usable in whole.roots:
+            rule({whole.columns[0]: -1.0, **dict.fromkeys(usable, 1.0)}, 0.0, np.inf)
     lengths = [len(row) for row in rows]
     where = [i for row in rows for i in row]
     values = [value for row in rows for value in row.values()]
@@ -190,3 +256,11 @@ def _rules(
 
 def is_kept(option: Option) -> bool:
     return option.choice.representation == KEEP
+
+
+def is_rebuilt(option: Option) -> bool:
+    return option.choice.representation == RECOMPUTE
+
+
+def is_exact(option: Option) -> bool:
+    return option.choice.is_exact

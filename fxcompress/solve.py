@@ -104,12 +104,12 @@ def least_noise(
     seconds: float = SECONDS,
 ) -> Solution | None:
     """Choices that cost least, in noise and time, within ``peak`` bytes at every position and
-    ``saved`` bytes in all; None if there are none. Without noise if possible, then the smaller."""
+    ``saved`` bytes in all; None if there are none. At no cost if possible, then the smaller."""
     limit = None if saved is None else (program.sizes, saved)
-    noisy = program.noise > 0
-    task = _Task(program, program.sizes, limit, peak, noisy, time.monotonic() + seconds)
+    costly = program.cost > 0
+    task = _Task(program, program.sizes, limit, peak, costly, time.monotonic() + seconds)
     found = _minimise(task, None)
-    if found.taken is None and noisy.any():
+    if found.taken is None and costly.any():
         start = greedy.within(program, peak=peak, saved=saved)
         worst = float(program.cost @ start if start is not None else program.cost.max()) or 1.0
         cost = program.cost + TIE * worst / max(program.sizes.sum(), 1.0) * program.sizes
@@ -368,6 +368,15 @@ def _round(task: _Task, taken: Array) -> Array | None:
 
 
 def _plan(program: Program, options: list[int]) -> Array:
+    """One option a tensor; what would be rebuilt and lacks a root takes another."""
+    chosen = set(options)
+    for each in program.rebuilt:
+        lacks = any(chosen.isdisjoint(usable) for usable in each.roots)
+        if chosen.intersection(each.columns) and (lacks or not chosen.issuperset(each.columns)):
+            at = [int(np.searchsorted(program.starts, i, side="right")) - 1 for i in each.columns]
+            for place, column in zip(at, each.instead, strict=True):
+                options[place] = column
+            chosen = set(options)
     taken = np.zeros(len(program.sizes))
     taken[options] = 1.0
     return _settled(program, taken)

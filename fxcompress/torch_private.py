@@ -291,6 +291,23 @@ def attention_forward(node: torch.fx.Node) -> tuple[Any, tuple[Any, ...], dict[s
     return None
 
 
+def is_attention_without_dropout(node: torch.fx.Node) -> bool:
+    """A fused attention's forward that draws no random numbers, although its tags say it may.
+
+    `dropout_p` of `_scaled_dot_product_*_attention*` (2.2 to 2.15).
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    name = target._schema.name.removeprefix("aten::_scaled_dot_product_")
+    if name not in {"flash_attention_for_cpu", "flash_attention", "efficient_attention"}:
+        return False
+    arguments = target._schema.arguments
+    place = next(i for i, a in enumerate(arguments) if a.name == "dropout_p")
+    given = node.args[place] if len(node.args) > place else node.kwargs.get("dropout_p", 0.0)
+    return given == 0.0
+
+
 def attention_statistics(node: torch.fx.Node) -> tuple[int, int]:
     """Positions of (output, log-sum-exp) among the arguments of a fused attention backward."""
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default

@@ -13,7 +13,7 @@ tensor and walking along its readers, every path ends in one of
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -22,6 +22,7 @@ from fxcompress import torch_private
 from fxcompress.passes import properties as prop
 from fxcompress.passes.axes import channel_dim, feature_maps, storage_order
 from fxcompress.passes.capture import Cut, Saved, placeholders
+from fxcompress.passes.recipes import Recipe, find_recipes
 
 EXPONENTIAL_FLOOR = 8  # bits; DESIGN fact 12: exp() of a decoded minus an exact value has no bound
 STATISTIC_RATIO = 4  # a reader this much larger than the tensor broadcasts it: a statistic
@@ -44,6 +45,7 @@ class Candidate:
         integers: range (low, high) of an integer tensor, None for floats or unknown ranges.
         order: its dimensions from slowest to fastest in memory.
         channels: the position of its channels (or features) in that order.
+        recipe: how it could be rebuilt, at a price (passes/recipes.py).
     """
 
     saved: Saved
@@ -58,6 +60,7 @@ class Candidate:
     integers: tuple[int, int] | None
     order: tuple[int, ...]
     channels: int
+    recipe: Recipe | None = None
 
     @property
     def name(self) -> str:
@@ -114,17 +117,20 @@ def analyse(cut: Cut, min_bytes: int, *, channels_last: bool = False) -> tuple[C
     held = _held_by_user(cut)
     counted: set[fx.Node] = set()
     found = []
+    rebuildable = []
     for saved in cut.saved:
         root = prop.storage_root(saved.forward)
         if root.op in {"placeholder", "get_attr"}:
             continue
         readers = _read(saved.backward, tainted)
-        keep = (
+        untouchable = (
             _excluded(saved, root, held)
-            or readers.keep
             or _too_small(saved, min_bytes)
             or _is_statistic(saved, tainted)
         )
+        keep = untouchable or readers.keep
+        if not untouchable and prop.value(saved.forward).dtype in prop.FLOATS:
+            rebuildable.append(saved)
         order = storage_order(prop.value(saved.forward), channels_last)
         storage = 0 if root in counted or root in held else _bytes(root)
         counted.add(root)
@@ -144,7 +150,8 @@ def analyse(cut: Cut, min_bytes: int, *, channels_last: bool = False) -> tuple[C
                 channels=order.index(channel_dim(saved.forward, maps)) if order else 0,
             )
         )
-    return tuple(found)
+    recipes = find_recipes(cut, rebuildable)
+    return tuple(replace(c, recipe=recipes.get(c.saved.forward)) for c in found)
 
 
 def _read(start: fx.Node, tainted: set[fx.Node]) -> _Readers:

@@ -29,10 +29,11 @@ from fxcompress.passes.insert import (
     insert_to_host,
 )
 from fxcompress.passes.layout import pin_inputs
+from fxcompress.passes.rebuild import rebuild
 from fxcompress.passes.rectified import insert_filled, insert_masked, mask_of
 from fxcompress.passes.standardise import Units, insert_standardised, units_of
 
-KEEP, MASKS, SHAPE = "keep", "masks", "shape"
+KEEP, MASKS, SHAPE, RECOMPUTE = "keep", "masks", "shape", "recompute"
 WIDEST_INDEX = 8  # bits, the most that the codec packs; a wider index is saved as it is
 
 
@@ -43,7 +44,8 @@ class Choice:
     Attributes:
         candidate: the tensor.
         representation: a codec's spec; ``keep``; ``masks``: drop the values and save only what
-            the exact readers need; ``shape``: save nothing, no reader looks at the values.
+            the exact readers need; ``shape``: save nothing, no reader looks at the values;
+            ``recompute``: rebuild it by the candidate's recipe, whose roots the backward has.
         reason: why, in a few words for the report.
         host: the codec's payload waits in host memory.
         exact_masks: comparisons are made on exact values, in the forward; not on decoded ones.
@@ -57,14 +59,20 @@ class Choice:
 
     @property
     def codec_spec(self) -> str | None:
-        return None if self.representation in {KEEP, MASKS, SHAPE} else self.representation
+        plain = {KEEP, MASKS, SHAPE, RECOMPUTE}
+        return None if self.representation in plain else self.representation
 
     @property
     def drops_values(self) -> bool:
-        """The backward no longer has the exact values."""
+        """The backward no longer has the exact values; what is rebuilt is as exact as its roots."""
         if self.codec_spec is None:
-            return self.representation != KEEP
+            return self.representation not in {KEEP, RECOMPUTE}
         return not codec(self.codec_spec).lossless
+
+    @property
+    def is_exact(self) -> bool:
+        """The backward gets the tensor as it was from the forward: others can be rebuilt of it."""
+        return not self.drops_values and self.representation != RECOMPUTE
 
     @property
     def knows_zeros(self) -> bool:
@@ -110,9 +118,11 @@ def rewrite(cut: Cut, choices: Sequence[Choice], plan_key: str, *, channels_last
         cut.backward,
         dict.fromkeys(n for c in choices if c.drops_values for n in c.candidate.attention),
     )
+    exchange = _Exchange(cut, plan_key, channels_last)
+    rebuilt = [c.candidate for c in choices if c.representation == RECOMPUTE]
+    rebuild(cut, rebuilt, exchange.join, hoisted)
     rectified = [c for c in choices if c.knows_zeros]
     masks = {c: hoisted[insert_masked(cut.backward, c.candidate)] for c in rectified}
-    exchange = _Exchange(cut, plan_key, channels_last)
     for node, twin in hoisted.items():
         exchange.add_hoisted(node, twin, integer_spec(prop.integer_range(node)))
     cut.backward.graph.eliminate_dead_code()  # what only led to hoisted nodes needs no decode
@@ -140,12 +150,12 @@ class _Exchange:
     def add_hoisted(self, node: fx.Node, twin: fx.Node, spec: str | None) -> None:
         """Save ``twin`` and let the readers of the backward's ``node`` read it instead."""
         if spec is None:
-            node.replace_all_uses_with(self._join(twin))
+            node.replace_all_uses_with(self.join(twin))
             return
         order = storage_order(prop.value(twin), self.channels_last)
         key = self._key(twin)
         payload = insert_encode(self.cut.forward, twin, spec, key, 0, order, at_once=True)
-        received = self._join(payload)
+        received = self.join(payload)
         insert_decodes(self.cut.backward, node, received, spec, None, 0, order)
 
     def swap(
@@ -168,8 +178,8 @@ class _Exchange:
         received = receive(backward, payload, node)
         if node is self.last_checked and not unchecked:
             self.last_checked = received
-        received_key = self._join(key) if codec(spec).decode_needs_key else None
-        received_units = units and Units(self._join(units.mean), self._join(units.rstd))
+        received_key = self.join(key) if codec(spec).decode_needs_key else None
+        received_units = units and Units(self.join(units.mean), self.join(units.rstd))
         insert_decodes(
             backward, node, received, spec, received_key, stream, order,
             coded=prop.value(coded), units=received_units, host=host,
@@ -187,7 +197,7 @@ class _Exchange:
             self.keys[device] = insert_key(self.cut.forward, self.plan_key, node)
         return self.keys[device]
 
-    def _join(self, node: fx.Node) -> fx.Node:
+    def join(self, node: fx.Node) -> fx.Node:
         """Backward placeholder of one more forward node; the same one when asked again."""
         if node not in self.received or node in self.swapped:
             self.last_checked = receive(self.cut.backward, node, self.last_checked)

@@ -246,7 +246,7 @@ def test_views_of_one_buffer_stay_together(caplog: pytest.LogCaptureFixture) -> 
         ([{"match": "a"}], "exactly one of bits, codec, keep=True"),
         ([{"match": "a", "bits": 4, "keep": True}], "exactly one"),
         ([{"match": "a", "keep": False}], "exactly one"),
-        ([{"match": "a", "width": 4}], "known: match, bits, codec, keep"),
+        ([{"match": "a", "width": 4}], "known: match, bits, codec, keep, representation"),
         ([{"match": "a", "bits": 0}], "above 0"),
         ([{"match": "a", "bits": True}], "above 0"),
         ([{"match": "a", "bits": "4"}], "above 0"),

@@ -189,7 +189,6 @@ def _set(**changes: Any) -> Callable[[dict[str, Any]], None]:
         ({"representation": "zip"}, "unknown codec 'zip'"),
         ({"representation": "affine(bits=9)"}, "the plan's tensor addmm"),
         ({"representation": "masks"}, "cannot be 'masks'"),
-        ({"representation": "recompute"}, "nothing rebuilds this tensor"),
     ],
     ids=str,
 )
@@ -200,13 +199,20 @@ def test_plans_that_do_not_fit(changes: dict[str, Any], remedy: str, tmp_path: P
     assert remedy in str(caught.value)
 
 
-def test_masks_cannot_be_coded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("representation", "remedy"),
+    [
+        ("rotate(bits=2)", r"cannot be rotate\(bits=2\)"),
+        ("recompute", "nothing rebuilds this tensor"),
+    ],
+)
+def test_masks_are_packed_or_kept(representation: str, remedy: str, tmp_path: Path) -> None:
     def edit(row: dict[str, Any]) -> None:
         if row["dtype"] == "torch.bool":
-            row["representation"] = "rotate(bits=2)"
+            row["representation"] = representation
 
     plan, _ = trained(policy="lossless")
-    with pytest.raises(fxcompress.SettingsError, match=r"cannot be rotate\(bits=2\)"):
+    with pytest.raises(fxcompress.SettingsError, match=remedy):
         trained(plan=edited(plan, tmp_path / "plan.json", edit))
 
 
