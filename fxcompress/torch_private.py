@@ -305,7 +305,7 @@ def is_attention_without_dropout(node: torch.fx.Node) -> bool:
     arguments = target._schema.arguments
     place = next(i for i, a in enumerate(arguments) if a.name == "dropout_p")
     given = node.args[place] if len(node.args) > place else node.kwargs.get("dropout_p", 0.0)
-    return given == 0.0
+    return bool(given == 0.0)
 
 
 def attention_statistics(node: torch.fx.Node) -> tuple[int, int]:
