@@ -153,6 +153,9 @@ class Backend:
         Raises:
             FxCompressError: nothing has been compiled for training yet.
         """
+        if not policy(self.settings.policy).enabled:
+            note = f"policy={self.settings.policy!r} leaves all as plain Inductor has it"
+            return Plan(self.settings.policy, self.settings.budget_mb, (), 0, 0, note)
         return merge(report.read(key) for key in self.plans)
 
     def reset(self) -> None:

@@ -192,6 +192,7 @@ def test_policy_inductor_changes_nothing() -> None:
     compiled = torch.compile(model, backend=backend(policy="inductor"))
     step(compiled, x)
     assert equal(gradients(model), exact)
+    assert "as plain Inductor has it" in fxcompress.explain(compiled).note
 
 
 def test_explain_before_the_first_step() -> None:
