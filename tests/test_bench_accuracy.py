@@ -68,6 +68,7 @@ def test_a_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     plain, coded = last["policies"]
     assert plain["ratio"] == 1
+    assert coded["peak MB"] < plain["peak MB"]
     assert coded["ratio"] > 4
     assert coded["validation loss"] == pytest.approx(plain["validation loss"], rel=0.1)
     assert coded["validation loss"] != plain["validation loss"]

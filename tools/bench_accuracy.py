@@ -24,7 +24,7 @@ from fxcompress.evidence import Calibration
 from fxcompress.passes.rewrite import KEEP
 from fxcompress.policies import policy
 from fxcompress.sensitivity import WEIGHTING, WEIGHTINGS
-from fxcompress.tools import harness, models, output
+from fxcompress.tools import harness, memory, models, output
 from fxcompress.tools.bench_noise import MIN_BYTES
 from fxcompress.tools.feed import Feed, feed, recorded
 from fxcompress.tools.models import Task
@@ -41,6 +41,7 @@ class Run:
         validation_loss, accuracy: on held-out data; accuracy of classifiers, else None.
         saved_mb, plain_saved_mb: saved tensors of a step, under the policy and plain.
         seconds: median of a step.
+        peak_mb: measured over one more step (:func:`fxcompress.tools.memory.measure_step`).
     """
 
     policy: str
@@ -51,6 +52,7 @@ class Run:
     saved_mb: float
     plain_saved_mb: float
     seconds: float
+    peak_mb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,12 @@ def summary(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
         own = [r for r in runs if r.policy == name]
         gaps = [r.validation_loss - base[r.seed].validation_loss for r in own if r.seed in base]
         accuracies = [r.accuracy for r in own if r.accuracy is not None]
+        peaks = [r.peak_mb for r in own if r.peak_mb is not None]
         rows.append(
             {
                 "policy": name,
                 "saved MB": mean(r.saved_mb for r in own),
+                "peak MB": mean(peaks) if peaks else None,
                 "ratio": mean(r.plain_saved_mb for r in own) / mean(r.saved_mb for r in own),
                 "validation loss": mean(r.validation_loss for r in own),
                 "± se": standard_error([r.validation_loss for r in own]),
@@ -216,6 +220,11 @@ def _train(
         losses.append(_step(source(), compiled, optimizer))
         times.append(time.perf_counter() - before)
     loss, accuracy = _validate(args, task)
+    task.model.train()
+    last = source()
+    step_memory = memory.measure_step(
+        lambda: last.forward(compiled).backward(), task.model.parameters()
+    )
     saved = start.plain_saved_bytes
     if policy(settings["policy"]).enabled:
         plan = fxcompress.explain(compiled)
@@ -223,7 +232,8 @@ def _train(
             raise FxCompressError(f"{name} compressed nothing: {plan.note or 'all tensors kept'}")
         saved = plan.saved_bytes
     megabytes = (saved / 1e6, start.plain_saved_bytes / 1e6)
-    return Run(name, seed, tuple(losses), loss, accuracy, *megabytes, median(times))
+    peak = step_memory.peak_bytes / 1e6
+    return Run(name, seed, tuple(losses), loss, accuracy, *megabytes, median(times), peak)
 
 
 def _share_of_rate(args: argparse.Namespace, step: int) -> float:
