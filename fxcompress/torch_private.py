@@ -611,16 +611,19 @@ def inductor_patched(patches: dict[str, Any]) -> AbstractContextManager[None]:
     return config.patch(patches)  # type: ignore[return-value]
 
 
-@contextmanager
-def memory_budget(share: float) -> Iterator[str]:
-    """The plain backend, under which PyTorch's own partitioner keeps a share of the activations.
+def inductor_with_memory_budget(share: float) -> Callable[..., Any]:
+    """A backend: plain Inductor, whose own partitioner keeps this share of the activations.
 
-    `torch._functorch.config.activation_memory_budget` (2.4 to 2.15), for comparing with.
+    `torch._functorch.config.activation_memory_budget` (2.4 to 2.15), for comparing with. It is read
+    when the joint graph is cut, which is while the backend runs.
     """
     import torch._functorch.config as config
 
-    with config.patch(activation_memory_budget=share):
-        yield "inductor"
+    def backend(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        with config.patch(activation_memory_budget=share):
+            return compile_with_inductor(module, inputs, None, {})
+
+    return backend
 
 
 def cache_dir() -> Path:

@@ -222,6 +222,8 @@ def test_batch_must_be_positive(factory: str):
         (["bench", "step", "gpt:small", "--policies", "uniform9"], "uniform9"),
         (["bench", "step", "gpt:small", "--steps", "0"], "--steps"),
         (["demo", "--policy", "nothing"], "unknown policy"),
+        (["bench", "step", "gpt:tiny", "--policies", "inductor@2"], "a share from 0 to 1"),
+        (["bench", "step", "gpt:tiny", "--policies", "auto@much"], "auto@12 or auto@100MB"),
         (["demo", "--budget-mb", "-1"], "budget_mb=-1"),
         (["demo", "--data", "/missing"], "cannot read /missing|no train"),
     ],
@@ -241,19 +243,22 @@ def test_version(capsys):
 
 def test_bench_step_json(factory: str, tmp_path: Path, capsys, monkeypatch):
     arguments = ["bench", "step", factory, "--batch", "256", "--size", "32", "--steps", "2"]
-    arguments += ["--policies", "uniform4", "--output", str(tmp_path / "kept.json"), "--json"]
+    arguments += ["--policies", "uniform4,inductor@0", "--json"]
+    arguments += ["--output", str(tmp_path / "kept.json")]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     monkeypatch.setattr(torch, "compile", lambda *args, **options: 1 / 0)
     assert cli.main(arguments) == 0  # all is kept: nothing is compiled
     assert capsys.readouterr().out == printed
     result = json.loads(printed.splitlines()[-1])
-    assert list(result["policies"]) == ["inductor", "uniform4"]
-    plain, ours = result["policies"]["inductor"], result["policies"]["uniform4"]
+    assert list(result["policies"]) == ["inductor", "uniform4", "inductor@0"]
+    plain, ours, again = result["policies"].values()
     keys = {"saved_mb", "peak_mb", "planned_peak_mb", "step_s", "step_ratio", "compile_s"}
     assert keys | {"grad_error"} <= plain.keys() == ours.keys()
     assert plain["planned_peak_mb"] is None
     assert plain["step_ratio"] == 1
+    assert again["saved_mb"] < plain["saved_mb"]
+    assert again["grad_error"] < 1e-6
     assert plain["grad_error"] < 1e-6
     assert 0 < ours["grad_error"] < 0.5
     assert ours["saved_mb"] < plain["saved_mb"] / 3

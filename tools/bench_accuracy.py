@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, print the table, and with --json one line of JSON."""
     names = harness.split_policies(args.policies)
     for name in names:
-        _settings(name)
+        harness.settings_of(name)
     if args.seeds < 1 or args.warm_steps < 1 or args.steps <= args.warm_steps:
         raise SettingsError(
             "--seeds and --warm-steps must be 1 or more, --steps above --warm-steps"
@@ -161,16 +161,6 @@ def standard_error(values: Sequence[float]) -> float | None:
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
-def _settings(name: str) -> dict[str, Any]:
-    """Backend settings of ``policy`` or ``policy@ratio``."""
-    base, at, ratio = name.partition("@")
-    policy(base)
-    try:
-        return {"policy": base, **({"ratio_saved": float(ratio)} if at else {})}
-    except ValueError:
-        raise SettingsError(f"{name!r}: write a ratio after @, as auto@12") from None
-
-
 def _begin(args: argparse.Namespace, seed: int) -> tuple[Task, torch.optim.Optimizer, Feed]:
     torch.manual_seed(seed)
     task = models.load(args.model, args.batch, args.size)
@@ -201,7 +191,7 @@ def _train(
     optimizer.load_state_dict(copy.deepcopy(start.optimizer))
     for _ in range(args.warm_steps + 2):  # what the warm-up and the calibration saw
         source()
-    settings = _settings(name)
+    settings = harness.settings_of(name)
     if policy(settings["policy"]).calibrated or policy(settings["policy"]).solves:
         settings["calibration"] = start.calibration
         settings["replan_every"] = args.replan_every

@@ -26,6 +26,7 @@ from fxcompress.tools.models import Task
 
 MB = 1e6
 BASELINE = "inductor"
+_RECOMPUTE = "inductor@"  # and a share: PyTorch recomputes the rest
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=models.SPECS)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=64, help="image side, or sequence length")
-    parser.add_argument("--policies", default="inductor,lossless,uniform4,auto")
+    parser.add_argument(
+        "--policies",
+        default="inductor,lossless,uniform4,auto",
+        help="also auto@100MB and auto@12 (1/12 of the saved bytes), and inductor@0.5: PyTorch's "
+        "own recomputation with half of the activations kept",
+    )
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each policy")
     parser.add_argument("--budget-mb", type=float, help="peak of activations for policy auto, MB")
     parser.add_argument("--ratio-saved", type=float, help="for auto: 1/R of the saved bytes")
@@ -166,9 +172,10 @@ def _policies(text: str) -> list[str]:
     """The policies asked for, each once, the baseline first."""
     asked = harness.split_policies(text)
     for name in asked:
-        if name not in fxcompress.policies():
-            known = ", ".join(fxcompress.policies())
-            raise SettingsError(f"unknown policy {name!r} in --policies; choose from: {known}")
+        if name.startswith(_RECOMPUTE):
+            _share(name)
+        else:
+            harness.settings_of(name)
     return list(dict.fromkeys([BASELINE, *asked]))
 
 
@@ -188,7 +195,7 @@ def _compile(policies: list[str], args: argparse.Namespace, bars: Progress) -> d
         )
         with torch_private.fresh_compile_caches():
             runner.compile_s = runner.seconds()
-            if policy != BASELINE:  # read here: the plan is filed beside the compiled graphs
+            if not policy.startswith(BASELINE):  # now: it is filed beside the compiled graphs
                 plan = fxcompress.explain(runner.compiled)
                 runner.planned_peak_bytes = plan.planned_peak_bytes
         runners[policy] = runner
@@ -200,9 +207,22 @@ def _compile(policies: list[str], args: argparse.Namespace, bars: Progress) -> d
 def _backend(policy: str, args: argparse.Namespace) -> Any:
     if policy == BASELINE:
         return "inductor"  # the real one, not ours doing nothing
+    if policy.startswith(_RECOMPUTE):
+        return torch_private.inductor_with_memory_budget(_share(policy))
     if policy == "auto":
         return fxcompress.backend(args.budget_mb, policy=policy, ratio_saved=args.ratio_saved)
-    return fxcompress.backend(policy=policy)
+    return fxcompress.backend(**harness.settings_of(policy))
+
+
+def _share(name: str) -> float:
+    """Of the activations that ``inductor@0.5`` keeps by PyTorch's own activation memory budget."""
+    try:
+        share = float(name.removeprefix(_RECOMPUTE))
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise SettingsError(f"{name!r}: write a share from 0 to 1 after @, as inductor@0.5")
+    return share
 
 
 def _import_inductor(device: str) -> None:

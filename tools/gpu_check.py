@@ -27,7 +27,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -323,19 +322,18 @@ def measure(run: Run, policy: str, model: str, batch_size: int, size: int) -> di
 def _measure(run: Run, policy: str, model: str, batch_size: int, size: int) -> dict[str, Any]:
     torch.manual_seed(0)
     task = _bf16(models.load(model, batch_size, size, run.device))
-    with _compiler(policy) as backend:
-        compiled = torch.compile(task.model, backend=backend)
+    compiled = torch.compile(task.model, backend=_backend(policy))
 
-        def step() -> None:
-            task.model.zero_grad(set_to_none=True)
-            task.forward(compiled).backward()
-
-        compile_s = _clock(step)
-        step()
-        saved = memory.measure_saved(task.forward(compiled), task.held())
+    def step() -> None:
         task.model.zero_grad(set_to_none=True)
-        peak, left = _peak(run, step, task)
-        times = sorted(_clock(step) for _ in range(10 if run.cuda else 2))
+        task.forward(compiled).backward()
+
+    compile_s = _clock(step)
+    step()
+    saved = memory.measure_saved(task.forward(compiled), task.held())
+    task.model.zero_grad(set_to_none=True)
+    peak, left = _peak(run, step, task)
+    times = sorted(_clock(step) for _ in range(10 if run.cuda else 2))
     planned = None
     if policy not in ("inductor", "torch-budget"):
         planned = fxcompress.explain(compiled).planned_peak_bytes
@@ -354,11 +352,11 @@ def _bf16(task: Task) -> Task:
     return replace(task, model=task.model.bfloat16(), inputs=inputs)
 
 
-def _compiler(policy: str) -> AbstractContextManager[Any]:
+def _backend(policy: str) -> Any:
     """The backend of a policy; PyTorch's own budget is asked for half of the activations."""
     if policy == "torch-budget":
-        return torch_private.memory_budget(0.5)
-    return nullcontext("inductor" if policy == "inductor" else fxcompress.backend(policy=policy))
+        return torch_private.inductor_with_memory_budget(0.5)
+    return "inductor" if policy == "inductor" else fxcompress.backend(policy=policy)
 
 
 def _peak(run: Run, step: Callable[[], None], task: Task) -> tuple[int, int]:

@@ -25,7 +25,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fxcompress.errors import FxCompressError
+from fxcompress.errors import FxCompressError, SettingsError
+from fxcompress.policies import check_policy
 
 
 def add_arguments(parser: argparse.ArgumentParser, seed: bool = True) -> None:
@@ -51,6 +52,27 @@ def split_policies(text: str) -> list[str]:
         else:
             found[-1] += character
     return list(dict.fromkeys(name.strip() for name in found if name.strip()))
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Settings of the backend for ``policy``, ``policy@R`` (1/R of the saved bytes) or
+    ``policy@XMB`` (a budget).
+
+    Raises:
+        SettingsError: no such policy, or something else after the @.
+    """
+    base, at, bound = name.partition("@")
+    check_policy(base)
+    number = bound.removesuffix("MB")
+    try:
+        value = float(number) if at else 0.0
+    except ValueError:
+        raise SettingsError(
+            f"{name!r}: write a ratio or a budget after @, as auto@12 or auto@100MB"
+        ) from None
+    if not at:
+        return {"policy": base}
+    return {"policy": base, "ratio_saved" if number == bound else "budget_mb": value}
 
 
 # --- results that outlive an interruption ---------------------------------------------------------
