@@ -24,10 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxcompress import rng
 from fxcompress.codecs import Affine, Bits, Codec, states
+from fxcompress.codecs.adaptive import Adaptive
 from fxcompress.codecs.average import Average
 from fxcompress.codecs.cast import Cast
 from fxcompress.codecs.dither import Dither
+from fxcompress.codecs.frequency import Frequency
 from fxcompress.codecs.magnitude import Magnitude
+from fxcompress.codecs.mixture import Mixture
 from fxcompress.codecs.rotate import Rotate
 from fxcompress.codecs.sign import Sign
 from fxcompress.codecs.subsample import Subsample
@@ -210,6 +213,57 @@ def test_magnitude(levels: int, norm: str) -> None:
 def test_average(beta: float, dtype: torch.dtype) -> None:
     check(Average(beta), awkward(tile(dtype) + 333, dtype))
     check(Average(beta, 24), awkward(771, dtype))
+
+
+@interpreted
+def test_average_of_a_group() -> None:
+    check(Average(0), awkward(tile(FLOATS[1]) + 333, FLOATS[1]))
+    check(Average(0, 24), awkward(771, FLOATS[0]))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_mixture(dtype: torch.dtype) -> None:
+    norm = "l2" if dtype == torch.bfloat16 else "max"
+    check(Mixture(4, 64, 0.3, 128, norm), awkward(2 * tile(dtype) + 333, dtype))
+    check(Mixture(1, 16, 0.5, 24, norm), awkward(771, dtype))
+    check(Mixture(bucket=256), awkward(100, dtype))  # only a last one
+
+
+SPACES = [  # storage order, axis of channels
+    ((2, 8, 16, 16), 3),  # channels-last
+    ((2, 3, 16, 32), 1),
+    ((3, 9, 13, 5), 3),  # ragged edges
+    ((2, 3, 9, 13), 1),
+    ((2, 50, 32), 2),  # tokens
+    ((4, 300), 1),
+    ((333,), 0),
+    ((1, 2, 9, 9, 3), 4),  # positions before H and W
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("shape", "channels"), SPACES)
+def test_frequency(shape: tuple[int, ...], channels: int) -> None:
+    x = awkward(math.prod(shape), FLOATS[len(shape) % 3]).view(shape)
+    check(Frequency(2, 8, "bf16", channels), x)
+    check(Frequency(3, 2, "8bit", channels), x)
+    check(Frequency(2, 4, "bf16", channels, "stretched"), x)
+
+
+@interpreted
+@pytest.mark.parametrize(("shape", "channels"), SPACES)
+def test_average_over_space(shape: tuple[int, ...], channels: int) -> None:
+    x = awkward(math.prod(shape), FLOATS[len(shape) % 3]).view(shape)
+    check(Average((1, 0.5, 0.25, 0.125)[len(shape) - 1 & 3], 24, "space", channels), x)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(3, 1280), (5, 7, 77), (300,), (4, 1)])
+def test_adaptive(shape: tuple[int, ...]) -> None:
+    x = awkward(math.prod(shape), FLOATS[len(shape) % 3]).view(shape)
+    check(Adaptive(2.5, 128), x)
+    check(Adaptive(4, 24), x)
 
 
 SHAPES = [  # storage order, axis of channels, sides of blocks, channels in a block of the basis

@@ -41,6 +41,7 @@ from fxcompress.codecs.grid import narrow
 from fxcompress.codecs.payload import Section, carve, section_bytes
 from fxcompress.codecs.planar import code_bytes, pack, unpack
 from fxcompress.errors import CodecError
+from fxcompress.kernels import triton
 
 _BF16 = torch.bfloat16
 _MOST = 8
@@ -66,6 +67,39 @@ class Adaptive(Codec):
 
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         return section_bytes(*self._sections(*_rows(shape)))
+
+    def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
+        if not self._has_kernel(x) or key is None:
+            return False
+        from fxcompress.kernels.triton import adaptive as gpu
+        from fxcompress.kernels.triton import space
+
+        x = x.view(_rows(x.shape))
+        steps, minima, bits, planes = carve(payload, *self._sections(*x.shape))
+        ends = torch.empty(2, len(steps), dtype=torch.int32, device=x.device)
+        triton.run(gpu.ends(x, ends, self.group))
+        groups = len(steps) // len(x)
+        lowest, highest, finite = uniform.numbers(ends)
+        bits.copy_(self._share_out(_widths(lowest, highest, finite).view(len(x), groups)))
+        rates = torch.empty(len(steps), device=x.device)
+        triton.run(space.grids(ends, steps, minima, rates, bits, groups))
+        stops = bits.cumsum(0)
+        triton.run(gpu.encode(x, planes, bits, stops, minima, rates, self.group, key, stream))
+        return True
+
+    def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+        if not self._has_kernel(x):
+            return False
+        from fxcompress.kernels.triton import adaptive as gpu
+
+        x = x.view(_rows(x.shape))
+        steps, minima, bits, planes = carve(payload, *self._sections(*x.shape))
+        triton.run(gpu.decode(planes, bits, bits.cumsum(0), steps, minima, x, self.group))
+        return True
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        small = 0 < _rows(x.shape)[1] < 1 << 30  # offsets in a sample are 32 bits
+        return small and x.numel() > 0 and triton.takes(x, self.group)
 
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
         assert keys is not None
@@ -138,19 +172,19 @@ class Adaptive(Codec):
 
     def _allocate(self, x: Tensor) -> Tensor:
         """uint8[count]: the bits of each sample of x[count, size]."""
-        pieces = []
-        for _, values in self._groups(x):
-            lowest, highest, finite = uniform.extremes(values)
-            width = highest - lowest
-            pieces.append(torch.where(finite & width.isfinite(), width, 0.0))
-        ranges = torch.cat(pieces)
+        pieces = [_widths(*uniform.extremes(values)) for _, values in self._groups(x)]
+        return self._share_out(torch.cat(pieces))
+
+    def _share_out(self, ranges: Tensor) -> Tensor:
+        """uint8[count]: the bits of each sample, from the ranges of its groups."""
         relative = ranges / ranges.amax()  # 0/0 where the tensor is constant: counts 0
         squares = torch.where(ranges > 0, relative * 2.0**20, 0.0).to(torch.int64).square().sum(1)
         # One row a bit lost, highest bit and highest sample first: a stable sort keeps that order.
         costs = torch.stack([squares.flip(0).double() * cost for cost in _COSTS])
         order = costs.view(-1).argsort(stable=True)
         lost = torch.zeros_like(order, dtype=torch.uint8)
-        lost.index_fill_(0, order[: _MOST * len(x) - self._total(len(x))], 1)
+        count = len(ranges)
+        lost.index_fill_(0, order[: _MOST * count - self._total(count)], 1)
         return _MOST - lost.view(costs.shape).sum(0, dtype=torch.uint8).flip(0)
 
     def _owners(self, bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,6 +193,12 @@ class Adaptive(Codec):
         plane = torch.arange(self._total(len(bits)), device=bits.device)
         owner = torch.searchsorted(ends, plane, right=True)
         return owner, (plane - ends[owner] + bits[owner]).to(torch.uint8)
+
+
+def _widths(lowest: Tensor, highest: Tensor, finite: Tensor) -> Tensor:
+    """The ranges of groups; 0 where there is none."""
+    width = highest - lowest
+    return torch.where(finite & width.isfinite(), width, 0.0)
 
 
 def _rows(shape: Sequence[int]) -> tuple[int, int]:

@@ -116,13 +116,18 @@ class Affine(Codec):
         return section_bytes(*self._sections(shape))
 
     def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
-        if self._has_kernels and key is not None and triton.takes(x, self.group):
+        if self._has_kernels and triton.takes(x, self.group):
             from fxcompress.kernels.triton import affine as gpu
 
             sections = self.carve(payload, x.shape)
-            triton.run(gpu.encode(x, sections, self.bits, self.group, key, stream))
+            drawn_by = key if self.stochastic else None
+            triton.run(gpu.encode(x, sections, self.bits, self.group, drawn_by, stream))
             return True
-        if not self._has_kernels or x.device.type != "cpu" or not cpu.available():
+        if (
+            not (self._has_kernels and self.stochastic)
+            or x.device.type != "cpu"
+            or not cpu.available()
+        ):
             return False
         assert key is not None
         k_a, k_b = rng.stream_key_ints(key, stream)
@@ -175,8 +180,7 @@ class Affine(Codec):
 
     @property
     def _has_kernels(self) -> bool:
-        kind = (self.rounding, self.zero, self.per, self.meta)
-        return kind == ("stochastic", "minimum", "group", "bf16")
+        return (self.zero, self.per, self.meta) == ("minimum", "group", "bf16")
 
     @property
     def _top(self) -> int:

@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,9 @@ from fxcompress.codecs.grid import narrow
 from fxcompress.codecs.planar import group_chunks
 from fxcompress.errors import CodecError
 from fxcompress.kernels import triton
+
+if TYPE_CHECKING:
+    from fxcompress.kernels.triton.space import Space
 
 _BF16 = torch.bfloat16
 _SPACE = {1.0: (1, 2), 0.5: (2, 2), 0.25: (2, 4), 0.125: (4, 4)}  # block (H, W) of each beta
@@ -80,33 +83,59 @@ class Average(Codec):
         return 2 * means if self.beta == 0 else self._code.payload_bytes([means], torch.float32)
 
     def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
-        if self.beta == 0:
-            return False
-        if self._one_pass(x) and key is not None:
+        if self._on_gpu(x):
             from fxcompress.kernels.triton import average as gpu
 
-            parts = self._code.carve(payload, self._means_shape(x.shape))
-            triton.run(gpu.encode(x, parts, self._run(), self.group, key, stream))
-            return True
-        return self._code.encode_kernel(self._means(x), payload, key, stream)
+            if self.beta == 0:
+                triton.run(gpu.means(x, payload.view(_BF16), self.group))
+                return True
+            assert key is not None
+            if self.along == "storage":
+                parts = self._code.carve(payload, self._means_shape(x.shape))
+                triton.run(gpu.encode(x, parts, self._run(), self.group, key, stream))
+                return True
+            if (where := self._space(x)) is not None:
+                from fxcompress.kernels.triton import space
+
+                means = torch.empty(self._means_shape(x.shape), device=x.device).view(-1)
+                triton.run(space.survey(x, means, None, where, means=True, raw=True))
+                return self._code.encode_kernel(means, payload, key, stream)
+        return self.beta > 0 and self._code.encode_kernel(self._means(x), payload, key, stream)
 
     def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
-        if self._one_pass(x):
+        if self._on_gpu(x):
             from fxcompress.kernels.triton import average as gpu
 
+            if self.beta == 0:
+                triton.run(gpu.fill(payload.view(_BF16), x, self.group))
+                return True
             parts = self._code.carve(payload, self._means_shape(x.shape))
-            triton.run(gpu.decode(parts, x, self._run(), self.group))
-            return True
+            if self.along == "storage":
+                triton.run(gpu.decode(parts, x, self._run(), self.group))
+                return True
+            if (where := self._space(x)) is not None:
+                triton.run(gpu.fill_space(parts, x, where, self.group))
+                return True
+        if self.beta == 0:
+            return False
         means = torch.empty(math.prod(self._means_shape(x.shape)), device=x.device)
-        if self.beta == 0 or not self._code.decode_kernel(payload, means, key, stream):
+        if not self._code.decode_kernel(payload, means, key, stream):
             return False
         self._spread(means, x)
         return True
 
-    def _one_pass(self, x: Tensor) -> bool:
-        """On a GPU. Blocks in space are not consecutive: their means are a pass of their own."""
-        fits = self.beta > 0 and self.along == "storage"
-        return fits and triton.takes(x, self.group * self._run())
+    def _on_gpu(self, x: Tensor) -> bool:
+        group = (
+            self.group * self._run() if self.beta > 0 and self.along == "storage" else self.group
+        )
+        return x.numel() > 0 and triton.takes(x, group)
+
+    def _space(self, x: Tensor) -> Space | None:
+        """Where the kernels find the blocks of x in space; None where ATen does the work."""
+        from fxcompress.kernels.triton.space import space
+
+        sides = self._blocks(len(blocks.layout(x.shape, self.channels)[0]))
+        return space(x.shape, self.channels, sides)
 
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
         if self.beta == 0:

@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,10 @@ from fxcompress.codecs.grid import narrow
 from fxcompress.codecs.payload import Section, carve, section_bytes
 from fxcompress.codecs.planar import code_bytes
 from fxcompress.errors import CodecError
+from fxcompress.kernels import triton
+
+if TYPE_CHECKING:
+    from fxcompress.kernels.triton.space import Space
 
 _BF16 = torch.bfloat16
 _LOW = Affine(8, 256, rounding="nearest")  # what low=8bit codes L by
@@ -76,6 +80,68 @@ class Frequency(Codec):
 
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         return section_bytes(*self._sections(shape))
+
+    def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
+        where = self._space(x)
+        if where is None or key is None:
+            return False
+        from fxcompress.kernels.triton import frequency as gpu
+        from fxcompress.kernels.triton import space
+
+        steps, minima, low, codes = carve(payload, *self._sections(x.shape))
+        ends = space.no_ends(where.planes, x.device)
+        if self.low == "bf16" and not where.is_stretched:
+            means = low.view(torch.int16)
+            triton.run(space.survey(x, means, ends, where, means=True))
+        else:
+            means = self._kernel_means(x, low, where)
+            triton.run(space.survey(x, means, ends, where, means=False))
+        rates = ends.new_empty(where.planes, dtype=torch.float32)
+        triton.run(space.grids(ends, steps, minima, rates, self.bits))
+        grid = (minima.view(torch.int16), rates)
+        triton.run(gpu.encode(x, codes, means, *grid, where, self.bits, key, stream))
+        return True
+
+    def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+        where = self._space(x)
+        if where is None:
+            return False
+        from fxcompress.kernels.triton import frequency as gpu
+
+        steps, minima, low, codes = carve(payload, *self._sections(x.shape))
+        grid = (steps.view(torch.int16), minima.view(torch.int16))
+        means = low.view(torch.int16) if self.low == "bf16" else self._decoded_low(low, x)
+        triton.run(gpu.decode(codes, means, *grid, x, where, self.bits))
+        return True
+
+    def _space(self, x: Tensor) -> Space | None:
+        """Where the kernels for x's device find its blocks; None where ATen does the work."""
+        if not triton.takes(x, _LOW.group):
+            return None
+        from fxcompress.kernels.triton.space import space
+
+        sides = self._blocks(len(blocks.layout(x.shape, self.channels)[0]))
+        return space(x.shape, self.channels, sides, floor=self.edges == "stretched")
+
+    def _kernel_means(self, x: Tensor, low: Tensor, where: Space) -> Tensor:
+        """Write the section of L in a pass of its own; L as the decoder sees it."""
+        from fxcompress.kernels.triton import space
+
+        if self.low == "bf16":
+            means = low.view(torch.int16)
+            triton.run(space.survey(x, means, None, where, means=True))
+            return means
+        count = math.prod(self._cells(*blocks.layout(x.shape, self.channels)))
+        means = torch.empty(count, device=x.device)
+        triton.run(space.survey(x, means, None, where, means=True))
+        _LOW.encode_kernel(means, low, None, 0)
+        return self._decoded_low(low, x)
+
+    def _decoded_low(self, low: Tensor, x: Tensor) -> Tensor:
+        count = math.prod(self._cells(*blocks.layout(x.shape, self.channels)))
+        means = torch.empty(count, device=x.device)
+        _LOW.decode_kernel(low, means, None, 0)
+        return means
 
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
         assert keys is not None

@@ -43,6 +43,7 @@ from fxcompress.codecs.grid import narrow, round_up
 from fxcompress.codecs.payload import Section, carve, section_bytes
 from fxcompress.codecs.planar import code_bytes, group_chunks, pack, unpack
 from fxcompress.errors import CodecError
+from fxcompress.kernels import triton
 
 _BF16 = torch.bfloat16
 _MIN_SCALE = 2.0**-96  # keeps r = n*2^22/S finite
@@ -78,6 +79,43 @@ class Mixture(Codec):
 
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         return section_bytes(*self._sections(math.prod(shape)))
+
+    def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
+        if not triton.takes(x, self.bucket) or key is None:
+            return False
+        from fxcompress.kernels.triton import mixture as gpu
+
+        scales, *codes = carve(payload, *self._sections(x.numel()))
+        for section, buckets, numel, levels in self._runs_of(x, codes, key, stream):
+            how = (levels, self.norm == "l2", self.bucket, key, stream)
+            triton.run(gpu.encode(x, section, scales, buckets, numel, *how))
+        return True
+
+    def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+        if not triton.takes(x, self.bucket) or key is None:
+            return False
+        from fxcompress.kernels.triton import mixture as gpu
+
+        scales, *codes = carve(payload, *self._sections(x.numel()))
+        for section, buckets, numel, levels in self._runs_of(x, codes, key, stream):
+            triton.run(gpu.decode((section, scales), buckets, x, numel, levels, self.bucket))
+        return True
+
+    def _runs_of(
+        self, x: Tensor, codes: Sequence[Tensor], key: Tensor, stream: int
+    ) -> Iterator[tuple[Tensor, Tensor, int, int]]:
+        """(section of codes, buckets, elements, levels) of each resolution and of the last one."""
+        from fxcompress.kernels.triton import mixture as gpu
+
+        whole, wide = self._counts(x.numel())
+        hashes = torch.empty(whole, dtype=torch.int64, device=x.device)
+        triton.run(gpu.hashes(hashes, key, stream))
+        last = hashes.new_full((1,), whole)
+        counts = (wide, whole - wide, x.numel() % self.bucket)
+        levels = (self.mix_levels, self.base_levels, self.base_levels)
+        for i, buckets in enumerate((*self._ranked(hashes, wide), last)):
+            numel = counts[i] if i == 2 else counts[i] * self.bucket
+            yield codes[i], buckets, numel, levels[i]
 
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
         assert keys is not None
@@ -162,7 +200,12 @@ class Mixture(Codec):
         """The whole buckets at mix_levels and the others, each in ascending order."""
         whole, wide = self._counts(numel)
         k_a, k_b = (rng.mix(key ^ 0xC2B2AE35) for key in keys)  # apart from the elements' noise
-        order = rng.hash_range(0, whole, k_a, k_b).argsort(stable=True)
+        return self._ranked(rng.hash_range(0, whole, k_a, k_b), wide)
+
+    @staticmethod
+    def _ranked(hashes: Tensor, wide: int) -> tuple[Tensor, Tensor]:
+        """The buckets of the `wide` smallest hashes and the others, each in ascending order."""
+        order = hashes.argsort(stable=True)
         return order[:wide].sort().values, order[wide:].sort().values
 
     def _levels(self, numel: int, chosen: Tensor) -> Tensor:

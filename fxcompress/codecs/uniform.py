@@ -30,7 +30,11 @@ def extremes(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # -NaN < -Inf < ... < Inf < NaN, so the two ends tell whether the row is finite.
     bits = values.view(torch.int32)
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    ends = torch.stack([order.amin(-1), order.amax(-1)])
+    return numbers(torch.stack([order.amin(-1), order.amax(-1)]))
+
+
+def numbers(ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`extremes` from int32[2, ...], integers that compare in the total order."""
     ends = ends ^ ((ends >> 31) & 0x7FFFFFFF)
     finite = (ends & 0x7FFFFFFF).amax(0) < 0x7F800000
     return ends[0].view(torch.float32), ends[1].view(torch.float32), finite

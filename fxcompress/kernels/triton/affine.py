@@ -17,9 +17,9 @@ from fxcompress.kernels.triton.common import (
     hash_bits,
     lane_masks,
     lane_offsets,
+    launches,
     load_codes,
     load_lanes,
-    pieces,
     store_codes,
     store_float,
     stream_keys,
@@ -34,32 +34,39 @@ def ordered(bits):
 
 
 @triton.jit
-def grid(lowest, highest, BITS: tl.constexpr):
-    """(lo, step, whether it is regular) of groups, from their extremes in the total order."""
+def grid(lowest, highest, last, share):
+    """(lo, step, whether it is regular) of groups, from their extremes in the total order.
+
+    last: their highest code; share: one over it.
+    """
     low, high = ordered(lowest), ordered(highest)
     infinity: tl.constexpr = 0x7F800000
     finite = ((low & 0x7FFFFFFF) < infinity) & ((high & 0x7FFFFFFF) < infinity)
     lo = ((low + tl.where(low < 0, 0xFFFF, 0)) & -0x10000).to(tl.float32, bitcast=True)
     top = high.to(tl.float32, bitcast=True)
-    exact = tl.maximum((top - lo) * (1.0 / ((1 << BITS) - 1)), 2.0**-100)
+    exact = tl.maximum((top - lo) * share, 2.0**-100)
     step = ((exact.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
     step = tl.where(top > lo, step, 0.0)
-    limit = (step * ((1 << BITS) - 1)).to(tl.int32, bitcast=True)
+    limit = (step * last).to(tl.int32, bitcast=True)
     finite &= (limit & 0x7FFFFFFF) < infinity
     nan = tl.full(step.shape, 0x7FC00000, tl.int32).to(tl.float32, bitcast=True)
     return tl.where(finite, lo, 0.0), tl.where(finite, step, nan), finite & (step > 0)
 
 
 @triton.jit
-def quantize(x, lo, r, regular, index, k_a, k_b, BITS: tl.constexpr):
+def quantize(x, lo, r, regular, index, k_a, k_b, last, NEAREST: tl.constexpr):
     """Codes, as int32: fixed point with 22 fractional bits plus noise, cut off. Irregular: 0."""
-    fixed = tl.minimum(((x - lo) * r).to(tl.int32), ((1 << BITS) - 1) << 22)
-    noise = (hash_bits(index.to(tl.uint32), k_a, k_b) >> 10).to(tl.int32)
+    fixed = tl.minimum(((x - lo) * r).to(tl.int32), last << 22)
+    noise = 1 << 21
+    if not NEAREST:
+        noise = (hash_bits(index.to(tl.uint32), k_a, k_b) >> 10).to(tl.int32)
     return tl.where(regular, (fixed + noise) >> 22, 0)
 
 
 @triton.jit
-def code(lanes, inside, offsets, start, k_a, k_b, BITS: tl.constexpr):
+def code(
+    lanes, inside, offsets, start, k_a, k_b, BITS: tl.constexpr, NEAREST: tl.constexpr = False
+):
     """(codes, step, lo) of groups of fp32 lanes, whose elements are numbered from `start` on."""
     lowest = tl.full(lanes[0].shape, 0x7FFFFFFF, tl.int32)
     highest = tl.full(lanes[0].shape, -0x80000000, tl.int32)
@@ -67,12 +74,15 @@ def code(lanes, inside, offsets, start, k_a, k_b, BITS: tl.constexpr):
         order = ordered(lanes[lane].to(tl.int32, bitcast=True))
         lowest = tl.minimum(lowest, tl.where(inside[lane], order, 0x7FFFFFFF))
         highest = tl.maximum(highest, tl.where(inside[lane], order, -0x80000000))
-    lo, step, regular = grid(
-        tl.min(lowest, 1, keep_dims=True), tl.max(highest, 1, keep_dims=True), BITS
-    )
+    lowest, highest = tl.min(lowest, 1, keep_dims=True), tl.max(highest, 1, keep_dims=True)
+    last: tl.constexpr = (1 << BITS) - 1
+    lo, step, regular = grid(lowest, highest, last, 1.0 / last)
     r = tl.math.div_rn(4194304.0, tl.where(regular, step, 1.0))
     drawn = [
-        quantize(lanes[lane], lo, r, regular & inside[lane], start + offsets[lane], k_a, k_b, BITS)
+        quantize(
+            *(lanes[lane], lo, r, regular & inside[lane], start + offsets[lane], k_a, k_b),
+            *(last, NEAREST),
+        )
         for lane in (0, 1, 2, 3, 4, 5, 6, 7)
     ]
     return drawn, step, lo
@@ -97,19 +107,23 @@ def encode_kernel(
     stream,
     first,
     BITS: tl.constexpr,
+    NEAREST: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    k_a, k_b = stream_keys(key, stream)
+    if NEAREST:
+        k_a, k_b = 0, 0
+    else:
+        k_a, k_b = stream_keys(key, stream)
     start = tile_start(first, GROUP, ROWS)
     size = group_sizes(numel, start, GROUP, ROWS, FAST)
     eighth = (size + 7) // 8
     offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
     lanes = load_lanes(x + start, offsets, inside, 0)
     lanes = [lane.to(tl.float32) for lane in lanes]
-    drawn, step, lo = code(lanes, inside, offsets, start, k_a, k_b, BITS)
+    drawn, step, lo = code(lanes, inside, offsets, start, k_a, k_b, BITS, NEAREST)
     coded = coded_mask(size, eighth, WIDTH, FAST)
     store_codes(codes + start // 8 * BITS, drawn, eighth, coded, GROUP, BITS)
     store_grid(steps, minima, start // GROUP, size, step, lo)
@@ -159,17 +173,17 @@ def encode(
     sections: Sequence[Tensor],
     bits: int,
     group: int,
-    key: Tensor,
+    key: Tensor | None,
     stream: int,
 ) -> list[Launch]:
-    """What writes the payload's sections (codes, steps, minima) from a contiguous x."""
+    """What writes the payload's sections (codes, steps, minima) of a contiguous x.
+
+    key: None rounds to nearest.
+    """
     codes, *metadata = sections
     steps, minima = (section.view(torch.int16) for section in metadata)
     given = (x, codes, steps, minima, key, x.numel(), stream & rng.MASK)
-    return [
-        piece.launch(encode_kernel, *given, BITS=bits, GROUP=group)
-        for piece in pieces(x.numel(), group, x.element_size())
-    ]
+    return launches(encode_kernel, x, group, *given, BITS=bits, NEAREST=key is None)
 
 
 def decode(sections: Sequence[Tensor], x: Tensor, bits: int, group: int) -> list[Launch]:
@@ -178,7 +192,4 @@ def decode(sections: Sequence[Tensor], x: Tensor, bits: int, group: int) -> list
     steps, minima = (section.view(torch.int16) for section in metadata)
     given = (codes, steps, minima, x, x.numel())
     limit = torch.finfo(x.dtype).max
-    return [
-        piece.launch(decode_kernel, *given, LIMIT=limit, BITS=bits, GROUP=group)
-        for piece in pieces(x.numel(), group, x.element_size())
-    ]
+    return launches(decode_kernel, x, group, *given, LIMIT=limit, BITS=bits)

@@ -13,9 +13,9 @@ from fxcompress.kernels.triton.common import (
     group_sizes,
     lane_masks,
     lane_offsets,
+    launches,
     load_codes,
     load_lanes,
-    pieces,
     store_codes,
     tile_start,
 )
@@ -74,19 +74,13 @@ def decode_kernel(
 def encode(x: Tensor, codes: Tensor, bits: int, low: int) -> list[Launch]:
     """What packs a contiguous x."""
     x = _bytes(x)
-    return [
-        piece.launch(encode_kernel, x, codes, x.numel(), low, BITS=bits, GROUP=GROUP)
-        for piece in pieces(x.numel(), GROUP, x.element_size())
-    ]
+    return launches(encode_kernel, x, GROUP, x, codes, x.numel(), low, BITS=bits)
 
 
 def decode(codes: Tensor, x: Tensor, bits: int, low: int) -> list[Launch]:
     """What fills a contiguous x."""
     x = _bytes(x)
-    return [
-        piece.launch(decode_kernel, codes, x, x.numel(), low, BITS=bits, GROUP=GROUP)
-        for piece in pieces(x.numel(), GROUP, x.element_size())
-    ]
+    return launches(decode_kernel, x, GROUP, codes, x, x.numel(), low, BITS=bits)
 
 
 def _bytes(x: Tensor) -> Tensor:

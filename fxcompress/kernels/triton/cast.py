@@ -22,8 +22,8 @@ from fxcompress.kernels.triton.common import (
     hash_bits,
     lane_masks,
     lane_offsets,
+    launches,
     load_lanes,
-    pieces,
     store_float,
     stream_keys,
     tile_start,
@@ -182,20 +182,14 @@ def encode(
     kept = numbers if key is None else key
     given = (x, numbers, scales, kept, x.numel(), stream & rng.MASK)
     constants |= {"LARGEST": torch.finfo(sections[0].dtype).max, "STOCHASTIC": key is not None}
-    return [
-        piece.launch(encode_kernel, *given, **constants, GROUP=group)
-        for piece in pieces(x.numel(), group, x.element_size())
-    ]
+    return launches(encode_kernel, x, group, *given, **constants)
 
 
 def decode(sections: Sequence[Tensor], x: Tensor, group: int) -> list[Launch]:
     """What fills a contiguous x from the payload's sections."""
     numbers, scales, constants = _operands(sections)
     constants["LIMIT"] = torch.finfo(x.dtype).max
-    return [
-        piece.launch(decode_kernel, numbers, scales, x, x.numel(), **constants, GROUP=group)
-        for piece in pieces(x.numel(), group, x.element_size())
-    ]
+    return launches(decode_kernel, x, group, numbers, scales, x, x.numel(), **constants)
 
 
 def _operands(sections: Sequence[Tensor]) -> tuple[Tensor, Tensor, dict[str, float]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fxcompress.kernels.triton import Launch, warp_size
 
@@ -55,6 +56,14 @@ def pieces(numel: int, group: int, itemsize: int) -> list[Piece]:
         rows, warps = _tile(width, warp, 1)
         found.append(Piece(first, -(-(groups - first) // rows), rows, width, warps, False))
     return found
+
+
+def launches(
+    kernel: Any, x: Tensor, group: int, *arguments: Any, numel: int | None = None, **constants: Any
+) -> list[Launch]:
+    """A kernel over all groups of x, or over as many groups as hold ``numel`` of its elements."""
+    found = pieces(x.numel() if numel is None else numel, group, x.element_size())
+    return [piece.launch(kernel, *arguments, **constants, GROUP=group) for piece in found]
 
 
 def _tile(width: int, warp: int, vector: int) -> tuple[int, int]:

@@ -18,8 +18,8 @@ from fxcompress.kernels.triton.common import (
     hash_bits,
     lane_masks,
     lane_offsets,
+    launches,
     load_codes,
-    pieces,
     store_float,
     stream_keys,
     tile_start,
@@ -66,7 +66,4 @@ def decode(
     steps, minima = (section.view(torch.int16) for section in metadata)
     given = (codes, steps, minima, x, key, x.numel(), stream & rng.MASK)
     limit = torch.finfo(x.dtype).max
-    return [
-        piece.launch(decode_kernel, *given, LIMIT=limit, BITS=bits, GROUP=group)
-        for piece in pieces(x.numel(), group, x.element_size())
-    ]
+    return launches(decode_kernel, x, group, *given, LIMIT=limit, BITS=bits)

@@ -19,9 +19,9 @@ from fxcompress.kernels.triton.common import (
     lane_masks,
     lane_offsets,
     largest,
+    launches,
     load_codes,
     load_lanes,
-    pieces,
     store_codes,
     store_float,
     stream_keys,
@@ -140,21 +140,15 @@ def encode(
     """What writes the payload's sections (codes, steps) from a contiguous x."""
     codes, steps = sections
     given = (x, codes, steps.view(torch.int16), key, x.numel(), stream & rng.MASK)
-    constants = {"LEVELS": levels, "BITS": (2 * levels).bit_length(), "GROUP": group}
+    constants = {"LEVELS": levels, "BITS": (2 * levels).bit_length()}
     share = 1.0 / levels
-    return [
-        piece.launch(encode_kernel, *given, SHARE=share, EUCLIDEAN=euclidean, **constants)
-        for piece in pieces(x.numel(), group, x.element_size())
-    ]
+    return launches(encode_kernel, x, group, *given, SHARE=share, EUCLIDEAN=euclidean, **constants)
 
 
 def decode(sections: Sequence[Tensor], x: Tensor, levels: int, group: int) -> list[Launch]:
     """What fills a contiguous x from the payload's sections."""
     codes, steps = sections
     given = (codes, steps.view(torch.int16), x, x.numel())
-    constants = {"LEVELS": levels, "BITS": (2 * levels).bit_length(), "GROUP": group}
+    constants = {"LEVELS": levels, "BITS": (2 * levels).bit_length()}
     limit = torch.finfo(x.dtype).max
-    return [
-        piece.launch(decode_kernel, *given, LIMIT=limit, **constants)
-        for piece in pieces(x.numel(), group, x.element_size())
-    ]
+    return launches(decode_kernel, x, group, *given, LIMIT=limit, **constants)

@@ -17,9 +17,9 @@ from fxcompress.kernels.triton.common import (
     group_sizes,
     lane_masks,
     lane_offsets,
+    launches,
     load_codes,
     load_lanes,
-    pieces,
     store_codes,
     store_float,
     stream_keys,
@@ -120,20 +120,18 @@ def encode(
     """What writes the payload's sections (codes, scales and, where centred, means) of x."""
     codes, scales, *means = sections
     given = (x, codes, scales.view(torch.int16), (means or [scales])[0], key, x.numel())
-    return [
-        piece.launch(
-            encode_kernel,
-            *given,
-            stream & rng.MASK,
-            LEVELS=table.levels,
-            THRESHOLDS=table.thresholds,
-            EDEN=eden,
-            CENTRED=bool(means),
-            BITS=bits,
-            GROUP=group,
-        )
-        for piece in pieces(x.numel(), group, x.element_size())
-    ]
+    return launches(
+        encode_kernel,
+        x,
+        group,
+        *given,
+        stream & rng.MASK,
+        LEVELS=table.levels,
+        THRESHOLDS=table.thresholds,
+        EDEN=eden,
+        CENTRED=bool(means),
+        BITS=bits,
+    )
 
 
 def decode(
@@ -148,16 +146,14 @@ def decode(
     """What fills a contiguous x from the payload's sections."""
     codes, scales, *means = sections
     given = (codes, scales.view(torch.int16), (means or [scales])[0], x, key, x.numel())
-    return [
-        piece.launch(
-            decode_kernel,
-            *given,
-            stream & rng.MASK,
-            LIMIT=torch.finfo(x.dtype).max,
-            LEVELS=table.levels,
-            CENTRED=bool(means),
-            BITS=bits,
-            GROUP=group,
-        )
-        for piece in pieces(x.numel(), group, x.element_size())
-    ]
+    return launches(
+        decode_kernel,
+        x,
+        group,
+        *given,
+        stream & rng.MASK,
+        LIMIT=torch.finfo(x.dtype).max,
+        LEVELS=table.levels,
+        CENTRED=bool(means),
+        BITS=bits,
+    )

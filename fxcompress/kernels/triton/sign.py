@@ -16,10 +16,10 @@ from fxcompress.kernels.triton.common import (
     lane_masks,
     lane_offsets,
     largest,
+    launches,
     load_codes,
     load_lanes,
     nearest_bf16,
-    pieces,
     round_to_int,
     store_codes,
     store_float,
@@ -100,10 +100,7 @@ def encode(x: Tensor, sections: Sequence[Tensor], group: int) -> list[Launch]:
     """What writes the payload's sections (codes and, where scaled, scales) of a contiguous x."""
     codes, *scales = sections
     given = (x, codes, _bits(scales, codes), x.numel())
-    return [
-        piece.launch(encode_kernel, *given, SCALED=bool(scales), GROUP=group)
-        for piece in pieces(x.numel(), group, x.element_size())
-    ]
+    return launches(encode_kernel, x, group, *given, SCALED=bool(scales))
 
 
 def decode(sections: Sequence[Tensor], x: Tensor, group: int) -> list[Launch]:
@@ -111,10 +108,7 @@ def decode(sections: Sequence[Tensor], x: Tensor, group: int) -> list[Launch]:
     codes, *scales = sections
     given = (codes, _bits(scales, codes), x, x.numel())
     limit = torch.finfo(x.dtype).max
-    return [
-        piece.launch(decode_kernel, *given, LIMIT=limit, SCALED=bool(scales), GROUP=group)
-        for piece in pieces(x.numel(), group, x.element_size())
-    ]
+    return launches(decode_kernel, x, group, *given, LIMIT=limit, SCALED=bool(scales))
 
 
 def _bits(scales: Sequence[Tensor], unused: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ from fxcompress.kernels.triton.common import (
     hash_bits,
     lane_masks,
     lane_offsets,
+    launches,
     load_codes,
     load_lanes,
-    pieces,
     store_codes,
     store_float,
     stream_keys,
@@ -143,10 +143,7 @@ def encode(
     given = (x, codes, scales, means, key, x.numel(), stream & rng.MASK)
     group = DRAWN * block
     constants = {"LEVELS": table.levels, "THRESHOLDS": table.thresholds, "K": block}
-    return [
-        piece.launch(encode_kernel, *given, **constants, GROUP=group)
-        for piece in pieces(x.numel(), group, x.element_size())
-    ]
+    return launches(encode_kernel, x, group, *given, **constants)
 
 
 def decode(
@@ -158,7 +155,4 @@ def decode(
     given = (codes, scales, means, x, key, x.numel(), stream & rng.MASK)
     group = DRAWN * block
     constants = {"LIMIT": torch.finfo(x.dtype).max, "LEVELS": table.levels, "K": block}
-    return [
-        piece.launch(decode_kernel, *given, **constants, GROUP=group)
-        for piece in pieces(x.numel(), group, x.element_size())
-    ]
+    return launches(decode_kernel, x, group, *given, **constants)
