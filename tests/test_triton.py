@@ -20,6 +20,7 @@ import pytest
 import torch
 from codec_checks import FLOATS, step_key
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxcompress import rng
@@ -154,6 +155,7 @@ def test_affine(bits: int, dtype: torch.dtype) -> None:
 def test_affine_groups(group: int, size: int) -> None:
     for bits, dtype in ((3, torch.float32), (1, torch.bfloat16)):
         check(Affine(bits, group), awkward(size, dtype))
+        check(Affine(bits, group, rounding="nearest"), awkward(size, dtype))
 
 
 @interpreted
@@ -389,16 +391,23 @@ def test_launches_are_recorded_without_a_gpu() -> None:
     assert not kernels.takes(torch.ones(8), 256)
 
 
+VIEWS = {"detach", "new_empty", "empty", "slice", "view"}
+
+
 class Operators(TorchDispatchMode):
-    """The names of ATen operators called."""
+    """The ATen operators called that are no views, and what they gave."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self.results: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+        name, result = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
+        if name not in VIEWS:
+            self.names.add(name)
+            self.results += [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor)]
+        return result
 
 
 KERNELS = (Affine(4), Dither(4), Rotate(2), Subsample(0.5), Average(0.5), Magnitude(4))
@@ -412,9 +421,24 @@ def test_nothing_but_views_and_launches(c: Codec) -> None:
     x, key = torch.empty(5000, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
     with kernels.recorded(32) as launches, Operators() as called:
         c.decode(c.encode(x, key, STREAM), x.shape, x.dtype, key, STREAM)
-    assert called.names <= {"detach", "new_empty", "empty", "slice", "view"}
+    assert not called.names
     assert launches
     assert all(a.device == x.device for a in launches[0].arguments if isinstance(a, Tensor))
+
+
+SORTING = (Mixture(), Adaptive(2.5), Frequency(2), Frequency(2, low="8bit"))
+
+
+@compiled
+@pytest.mark.parametrize("c", [*SORTING, Average(0.5, along="space")], ids=str)
+def test_only_launches_touch_the_tensor(c: Codec) -> None:
+    x = torch.empty(4, 8, 16, 32, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(2, dtype=torch.int64, device="meta")
+    with kernels.recorded(32) as launches, Operators() as called:
+        c.decode(c.encode(x, key, STREAM), x.shape, x.dtype, key, STREAM)
+    assert len(launches) >= 2
+    assert not called.names & {"_local_scalar_dense", "nonzero", "lift_fresh"}  # waits
+    assert max((r.numel() for r in called.results), default=0) < x.numel() // 2
 
 
 @compiled
@@ -445,5 +469,6 @@ def test_no_kernel_spills_or_reads_narrowly() -> None:
     for row in rows:
         assert row.spills == 0, row
         assert row.tensor_access_bytes == 16, row
-        # A matrix that all programs share is counted for each of them.
-        assert 1 <= row.bytes_ratio < (2.3 if row.kernel.startswith("transform") else 1.01), row
+        # What elements look up, a few bytes each, is counted for each; caches serve it.
+        looks_up = row.kernel.startswith(("frequency", "adaptive", "average(beta=0.5,along=space"))
+        assert 0.99 <= row.bytes_ratio < (4 if looks_up else 1.02), row

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from fxcompress.codecs import Codec, codec
+from fxcompress.codecs import Adaptive, Average, Codec, Frequency, codec
 from fxcompress.errors import SettingsError
 from fxcompress.kernels import cpu
 from fxcompress.kernels import triton as kernels
@@ -40,10 +40,16 @@ COMPILED = (
     *("rotate(bits=2)", "rotate(bits=4)", "subsample(rate=0.5)", "subsample(rate=0.125)"),
     *("average(beta=0.5)", "magnitude(levels=4)", "sign(scale=mean)"),
     *("cast(format=bf16)", "cast(format=e4m3)", "cast(format=e4m3,rounding=stochastic)"),
+    *("average(beta=0)", "mixture(base_levels=4)", "adaptive(bits=2)"),
+    *("frequency(bits=2,channels=-1)", "frequency(bits=2,channels=1)"),
+    *("average(beta=0.5,along=space,channels=-1)", "average(beta=0.5,along=space,channels=1)"),
 )
 TIMED = ("affine", "dither", "rotate")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_ELEMENTS = 1 << 20  # elements that kernels are compiled for: whole tiles only
+# What kernels are compiled for: whole tiles only.
+_FLAT, _SAMPLES = (1 << 20,), (16, 1 << 16)
+_LAST, _FIRST = (4, 32, 32, 256), (4, 256, 32, 32)  # channels
+_LARGE = (128, 112, 112, 256)  # so that programs have many tiles
 
 
 @dataclass(frozen=True)
@@ -204,36 +210,66 @@ _BASES = [(sides, name, dtype) for sides in ((1, 1), (4, 4)) for name, dtype in 
 
 
 def _codec_rows(c: Codec, name: str, dtype: torch.dtype, target: str) -> list[GpuRow]:
+    """Of each launch that touches the tensor; sorts and grids are small beside it."""
     from fxcompress.kernels.triton.aot import warp_of
 
-    x = torch.empty(_ELEMENTS, dtype=dtype, device="meta")
+    x = torch.empty(_shape(c), dtype=dtype, device="meta")
     key = torch.empty(2, dtype=torch.int64, device="meta")
-    with kernels.recorded(warp_of(target)) as launches:
+    with kernels.recorded(warp_of(target)) as encoding:
         payload = c.encode(x, key, 1)
+    with kernels.recorded(warp_of(target)) as decoding:
         c.decode(payload, x.shape, dtype, key, 1)
-    whole = x.nbytes + payload.nbytes
-    return [
-        _row(f"{c} {name} {way}", target, launch, x, whole, reads=way == "encode")
-        for way, launch in zip(("encode", "decode"), launches, strict=True)
-    ]
+    rows = []
+    for way, launches in (("encode", encoding), ("decode", decoding)):
+        found = [
+            launch for launch in launches if any(t.nbytes == x.nbytes for t in _touched(launch))
+        ]
+        for launch in found:
+            title = f"{c} {name} {way}" + (f": {_pass(launch)}" if len(found) > 1 else "")
+            turns = int(c.bits) if isinstance(c, Adaptive) else 1
+            others = sum(t.nbytes for t in _touched(launch) if t.nbytes != x.nbytes)
+            own = int(x.nbytes * _share(launch, x.numel()))
+            rows.append(_row(title, target, launch, x, own, own + others, way == "encode", turns))
+    return rows
+
+
+def _shape(c: Codec) -> tuple[int, ...]:
+    if isinstance(c, Adaptive):
+        return _SAMPLES
+    if isinstance(c, Frequency) or (isinstance(c, Average) and c.along == "space"):
+        return _LAST if c.channels == -1 else _FIRST
+    return _FLAT
+
+
+def _touched(launch: kernels.Launch) -> list[Tensor]:
+    """The tensors among its arguments, each once."""
+    return list({id(a): a for a in launch.arguments if isinstance(a, Tensor)}.values())
+
+
+def _share(launch: kernels.Launch, numel: int) -> float:
+    """Of the tensor's elements that it handles: kernels of one width take their groups only."""
+    tile = launch.constants.get("ROWS", 0) * launch.constants.get("GROUP", 0)
+    return launch.programs * tile / numel if tile else 1.0
+
+
+def _pass(launch: kernels.Launch) -> str:
+    name = str(launch.kernel.fn.__name__).removesuffix("_kernel")
+    levels = launch.constants.get("LEVELS")
+    return name if levels is None else f"{name} at {levels} levels"
 
 
 def _basis_rows(sides: tuple[int, int], name: str, dtype: torch.dtype, target: str) -> list[GpuRow]:
-    """Of 256 channels, in blocks of 64.
-
-    Their bytes exceed the bound by design: the matrix of a block of channels, 16 KB, is counted for
-    every program that reads it, though all programs share it, and find it in the L2 cache.
-    """
+    """Of 256 channels, in blocks of 64, and so many positions that runs of tiles are long."""
     from fxcompress.kernels.triton import transform as gpu
     from fxcompress.kernels.triton.aot import warp_of
 
     def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
-    x, mean, matrices = empty(4, 32, 32, 256, of=dtype), empty(256), empty(4, 64, 64)
+    x, mean, matrices = empty(*_LARGE, of=dtype), empty(256), empty(4, 64, 64)
     place = gpu.placed(x.shape, 3, sides, 64)
     assert place is not None
-    rows, energies = empty(place.bands, of=torch.int64), empty(place.tiles, place.bands)
+    rows, energies = empty(place.bands, of=torch.int64), empty(place.lines, place.bands)
     z = empty(place.bands, place.positions)
     with kernels.recorded(warp_of(target)):
         (first,) = gpu.energies(x, mean, matrices, place, energies)
@@ -242,34 +278,44 @@ def _basis_rows(sides: tuple[int, int], name: str, dtype: torch.dtype, target: s
     kind = f"transform(sides={sides[0]}x{sides[1]}) {name}"
     both = x.nbytes + z.nbytes
     return [
-        _row(f"{kind} energies", target, first, x, x.nbytes + energies.nbytes),
-        _row(f"{kind} coefficients", target, second, x, both),
-        _row(f"{kind} inverse", target, back, x, both, reads=False),
+        _row(f"{kind} energies", target, first, x, x.nbytes, x.nbytes + energies.nbytes),
+        _row(f"{kind} coefficients", target, second, x, x.nbytes, both),
+        _row(f"{kind} inverse", target, back, x, x.nbytes, both, reads=False),
     ]
 
 
 def _row(
-    kernel: str, target: str, launch: kernels.Launch, x: Tensor, least: int, reads: bool = True
+    kernel: str,
+    target: str,
+    launch: kernels.Launch,
+    x: Tensor,
+    own: int,
+    least: int,
+    reads: bool = True,
+    turns: int = 1,
 ) -> GpuRow:
-    """`least`: bytes that all programs must move; `reads`: x is what they read, not write."""
+    """`own`: bytes of x that it handles; `least`: that all programs must move; `reads`: x is what
+    they read, not write; `turns`: see `compile_for`."""
     from fxcompress.kernels.triton.aot import compile_for, warp_of
 
-    code, threads = compile_for(target, launch), launch.warps * warp_of(target)
+    code, threads = compile_for(target, launch, turns), launch.warps * warp_of(target)
     device, moved = DEVICES[target], code.moved_bytes * launch.programs
-    instructions = code.instructions.total() * threads * launch.programs
+    tiles = int(launch.constants.get("TILES", 1))
+    instructions = code.instructions.total() * tiles * threads * launch.programs
+    elements = own // x.element_size()
     seconds = max(
         moved / GB / device.gb_s,
-        device.seconds(code.instructions, threads) * launch.programs / device.units,
+        device.seconds(code.instructions, threads) * tiles * launch.programs / device.units,
     )
     return GpuRow(
         kernel=kernel,
         target=target,
         registers=code.registers,
         spills=code.stack_bytes,
-        tensor_access_bytes=_access(code, reads, x.nbytes // launch.programs // threads),
+        tensor_access_bytes=_access(code, reads, own // launch.programs // tiles // threads),
         bytes_ratio=moved / least,
-        instructions_per_element=instructions / x.numel(),
-        estimated_gb_s=x.nbytes / GB / seconds,
+        instructions_per_element=instructions / elements,
+        estimated_gb_s=own / GB / seconds,
         estimated_for=device.name,
     )
 

@@ -131,7 +131,7 @@ class Transform(Codec):
             return z, numbers, numbers.argsort(descending=True, stable=True)
         from fxcompress.kernels.triton import transform as gpu
 
-        energies = x.new_empty((place.tiles, place.bands), dtype=torch.float32)
+        energies = x.new_empty((place.lines, place.bands), dtype=torch.float32)
         triton.run(gpu.energies(x, mean, state["analysis"], place, energies))
         numbers = self._numbers(energies.sum(0), state)
         z = x.new_empty((place.bands, place.positions), dtype=torch.float32)

@@ -41,6 +41,8 @@ _TYPES = {
 _SASS = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.M)
 _GCN = re.compile(r"^\t((?:v|s|ds|global|buffer|flat|scratch)_\w+)", re.M)
 _ACCESS = re.compile(r"tt\.(?:load|store) .* : (?:tensor<([\dx]+)x)?!tt\.ptr<[a-z]+(\d+)>")
+_CONSTANT = re.compile(r"(%\S+) = arith.constant (-?\d+) : i32")
+_LOOP = re.compile(r"scf\.for .* = (%\S+) to (%\S+) step (%\S+)")
 _GCN_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2}
 
 
@@ -66,8 +68,11 @@ def warp_of(target: str) -> int:
     return int(TARGETS[target].warp_size)
 
 
-def compile_for(target: str, launch: Launch) -> Code:
-    """Compile a launch, its tensors of any device (meta will do) taken as aligned to 16 bytes."""
+def compile_for(target: str, launch: Launch, turns: int = 1) -> Code:
+    """Compile a launch, its tensors of any device (meta will do) taken as aligned to 16 bytes.
+
+    turns: of a loop whose number the data decide.
+    """
     device = TARGETS[target]
     names = [name for name in launch.kernel.arg_names if name not in launch.constants]
     given = dict(zip(names, launch.arguments, strict=True))
@@ -82,7 +87,7 @@ def compile_for(target: str, launch: Launch) -> Code:
         target=device,
         options=launch.options,
     )
-    moved = sum(map(_accessed, _ACCESS.findall(compiled.asm["ttir"])))
+    moved = _moved(compiled.asm["ttir"], turns)
     if device.backend == "cuda":
         return _from_cubin(target, compiled.asm["cubin"], moved)
     return _from_amdgcn(target, compiled.asm["amdgcn"], moved)
@@ -94,8 +99,27 @@ def _kind(value: Any) -> str:
     return f"*{_TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
 
 
-def _accessed(access: tuple[str, str]) -> int:
-    shape, bits = access
+def _moved(ttir: str, turns: int) -> int:
+    """Bytes of all accesses, each times the turns of the loops around it."""
+    constants = {name: int(value) for name, value in _CONSTANT.findall(ttir)}
+    moved, times = 0, [1]
+    for line in ttir.splitlines():
+        if access := _ACCESS.search(line):
+            moved += _accessed(access[1] or "", access[2]) * times[-1]
+        if loop := _LOOP.search(line):
+            start, stop, step = (constants.get(name) for name in loop.groups())
+            known = start is not None and stop is not None and step is not None
+            times.append(times[-1] * ((stop - start) // step if known else turns))
+        elif line.rstrip().endswith("{"):
+            times.append(times[-1])
+        elif line.strip().startswith("}"):
+            times.pop()
+            if line.rstrip().endswith("{"):  # } else {
+                times.append(times[-1])
+    return moved
+
+
+def _accessed(shape: str, bits: str) -> int:
     numel = 1
     for size in filter(None, shape.split("x")):
         numel *= int(size)

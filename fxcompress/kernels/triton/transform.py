@@ -34,6 +34,21 @@ from fxcompress.kernels.triton.common import store_float
 LARGEST = 16  # places in a block of neighbours
 _ROWS = 128  # of a program's tile, places times blocks: 32 elements of 64 channels a thread
 _THREADS = 256
+# A program keeps its matrix for a run of tiles, as long as enough programs are left for all units
+# of the largest GPU: read for each tile, its 16 KB were a quarter to a half of all bytes.
+_LONGEST = 64
+_PROGRAMS = 512
+
+
+@dataclass(frozen=True)
+class Run:
+    """Programs that take `tiles` tiles each, from tile `first` on; `line`: programs before them."""
+
+    first: int
+    line: int
+    programs: int
+    tiles: int
+    fast: bool
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,31 @@ class Place:
         return _ROWS // self.count
 
     @property
+    def lanes(self) -> int:
+        """Channels of a tile."""
+        return max(triton.next_power_of_2(self.width), 16)
+
+    @property
+    def runs(self) -> list[Run]:
+        """All tiles: long runs of whole ones, whole ones alone, and the masked rest."""
+        regular = self.lanes == self.width and self.positions % 4 == 0
+        whole = self.positions // self.tile if regular else 0
+        long = min(whole * self.channels // self.width // _PROGRAMS, _LONGEST)
+        length = 1 << (long.bit_length() - 1) if long else 1
+        found, first, line = [], 0, 0
+        for until, step in ((whole // length * length, length), (whole, 1), (self.tiles, 1)):
+            count = (until - first) // step
+            if count:
+                found.append(Run(first, line, count, step, until <= whole))
+            first, line = until, line + count
+        return found
+
+    @property
+    def lines(self) -> int:
+        """Programs of a block of channels."""
+        return sum(run.programs for run in self.runs)
+
+    @property
     def tiles(self) -> int:
         return -(-self.positions // self.tile)
 
@@ -89,7 +129,7 @@ def placed(shape: Sequence[int], axis: int, sides: Sequence[int], width: int) ->
     # The axes before them must be steps of one stride.
     if any(outer[1] != inner[0] * inner[1] for outer, inner in pairwise(lead)):
         return None
-    if len(sides) > 2 or math.prod(sides) > LARGEST or not math.prod(shape):
+    if len(sides) > 2 or math.prod(sides) > LARGEST or width > 64 or not math.prod(shape):
         return None
     while len(last) < 2:
         last, sides = [(1, 0), *last], [1, *sides]
@@ -160,19 +200,35 @@ def add_places(y, h: tl.constexpr):
 
 
 @triton.jit
-def turn(y, of, block, c, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """Channels c of a tile times a block's matrix [WIDTH, WIDTH], zeros around it."""
+def half(
+    of, block, PART: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, HALF: tl.constexpr
+):
+    """Columns of a block's matrix [WIDTH, WIDTH], transposed, zeros around it."""
+    i, j = tl.arange(0, LANES)[:, None], PART * HALF + tl.arange(0, HALF)[None, :]
+    at = of + block * (WIDTH * WIDTH) + j * WIDTH + i
+    return tl.load(at) if WIDTH == LANES else tl.load(at, (i < WIDTH) & (j < WIDTH), other=0.0)
+
+
+@triton.jit
+def turn(y, matrix, PRECISION: tl.constexpr):
+    """The last axis of a tile times a matrix."""
     COUNT: tl.constexpr = y.shape[0]
     P: tl.constexpr = y.shape[1]
-    LANES: tl.constexpr = y.shape[2]
-    i, j = tl.arange(0, LANES)[:, None], c[None, :]
-    at = of + block * (WIDTH * WIDTH) + j * WIDTH + i  # transposed
-    matrix = tl.load(at) if WIDTH == LANES else tl.load(at, (i < WIDTH) & (j < WIDTH), other=0.0)
-    y = tl.dot(tl.reshape(y, (COUNT * P, LANES)), matrix, input_precision=PRECISION)
-    return tl.reshape(y, (COUNT, P, c.shape[0]))
+    y = tl.dot(tl.reshape(y, (COUNT * P, y.shape[2])), matrix, input_precision=PRECISION)
+    return tl.reshape(y, (COUNT, P, matrix.shape[1]))
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit
+def put(z, out, row, p, positions, real, FAST: tl.constexpr):
+    """Write coefficients of some bands, each to its row."""
+    to = out + (row[:, None, :] * positions + p[None, :, None])
+    if FAST:
+        tl.store(to, z)
+    else:
+        tl.store(to, z, (p < positions)[None, :, None] & real[None, None, :])
+
+
+@triton.jit(do_not_specialize=["first", "line"])
 def analyse_kernel(
     x,
     mean,
@@ -187,6 +243,7 @@ def analyse_kernel(
     channel,
     positions,
     first,
+    line,
     SIDE_H: tl.constexpr,
     SIDE_W: tl.constexpr,
     UNIT: tl.constexpr,
@@ -195,48 +252,89 @@ def analyse_kernel(
     LANES: tl.constexpr,
     HALF: tl.constexpr,
     P: tl.constexpr,
+    TILES: tl.constexpr,
     QUARTER: tl.constexpr,
     SCALE: tl.constexpr,
     ENERGIES: tl.constexpr,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """`out`: fp32[tiles, bands] of squares summed, or fp32[bands, positions] in order of `rows`."""
+    """`out`: fp32[runs, bands] of squares summed, or fp32[bands, positions] in order of `rows`."""
     COUNT: tl.constexpr = SIDE_H * SIDE_W
+    TWO: tl.constexpr = LANES > HALF
     positions *= QUARTER
-    tile, block = first + tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
-    p, c = tile * P + tl.arange(0, P), tl.arange(0, LANES)
+    run, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    c, d = tl.arange(0, LANES), tl.arange(0, HALF)
     column = block * WIDTH + c
+    centre = tl.load(mean + column, c < WIDTH, other=0.0)[None, None, :]
+    left = half(analysis, block, 0, WIDTH, LANES, HALF)
+    right = half(analysis, block, 1, WIDTH, LANES, HALF) if TWO else left
+    place = tl.arange(0, COUNT)[:, None] * (BLOCKS * WIDTH) + block * WIDTH
+    if not ENERGIES:
+        row_l = tl.load(rows + place + d[None, :], (d < WIDTH)[None, :], other=0)
+        row_r = tl.load(rows + place + HALF + d[None, :], (HALF + d < WIDTH)[None, :], other=0)
+    total_l = tl.zeros((COUNT, HALF), tl.float32)
+    total_r = tl.zeros((COUNT, HALF), tl.float32)
+    for t in range(TILES):
+        p = (first + run * TILES + t) * P + tl.arange(0, P)
+        at = offsets(p, column, height, wide, lead, down, along, channel, SIDE_H, SIDE_W, UNIT)
+        if FAST:
+            y = tl.load(x + at).to(tl.float32) - centre
+        else:
+            inside = (p < positions)[None, :, None] & (c < WIDTH)[None, None, :]
+            y = tl.where(inside, tl.load(x + at, inside, other=0).to(tl.float32) - centre, 0.0)
+        y = over_space(y, SCALE)
+        # By halves: a whole matrix of 64 channels, its TF32 parts apart, spilled on sm_80.
+        z = turn(y, left, PRECISION)
+        if ENERGIES:
+            total_l += tl.sum(z * z, 1)
+        else:
+            put(z, out, row_l, p, positions, d < WIDTH, FAST)
+        if TWO:
+            z = turn(y, right, PRECISION)
+            if ENERGIES:
+                total_r += tl.sum(z * z, 1)
+            else:
+                put(z, out, row_r, p, positions, HALF + d < WIDTH, FAST)
+    if ENERGIES:
+        to = out + (line + run).to(tl.int64) * (COUNT * BLOCKS * WIDTH) + place + d[None, :]
+        tl.store(to, total_l, (d < WIDTH)[None, :])
+        if TWO:
+            tl.store(to + HALF, total_r, (HALF + d < WIDTH)[None, :])
+
+
+@triton.jit
+def give(
+    y,
+    x,
+    mean,
+    p,
+    column,
+    real,
+    height,
+    wide,
+    lead,
+    down,
+    along,
+    channel,
+    positions,
+    SIDE_H: tl.constexpr,
+    SIDE_W: tl.constexpr,
+    UNIT: tl.constexpr,
+    LIMIT: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Write some channels of a tile, their means added."""
     at = offsets(p, column, height, wide, lead, down, along, channel, SIDE_H, SIDE_W, UNIT)
     if FAST:
-        y = tl.load(x + at).to(tl.float32) - tl.load(mean + column)[None, None, :]
+        store_float(x + at, y + tl.load(mean + column)[None, None, :], None, LIMIT)
     else:
-        real = c < WIDTH
-        inside = (p < positions)[None, :, None] & real[None, None, :]
         centre = tl.load(mean + column, real, other=0.0)[None, None, :]
-        y = tl.where(inside, tl.load(x + at, inside, other=0).to(tl.float32) - centre, 0.0)
-    y = over_space(y, SCALE)
-    # By halves: a whole matrix of 64 channels, its TF32 parts apart, spilled registers on sm_80.
-    for part in tl.static_range(LANES // HALF):
-        c = part * HALF + tl.arange(0, HALF)
-        z, real = turn(y, analysis, block, c, WIDTH, PRECISION), c < WIDTH
-        band = tl.arange(0, COUNT)[:, None] * (BLOCKS * WIDTH) + (block * WIDTH + c)[None, :]
-        if ENERGIES:
-            to = out + tile.to(tl.int64) * (COUNT * BLOCKS * WIDTH) + band
-            if FAST:
-                tl.store(to, tl.sum(z * z, 1))
-            else:
-                tl.store(to, tl.sum(z * z, 1), real[None, :])
-        elif FAST:
-            row = tl.load(rows + band)[:, None, :]
-            tl.store(out + (row * positions + p[None, :, None]), z)
-        else:
-            row = tl.load(rows + band, real[None, :], other=0)[:, None, :]
-            inside = (p < positions)[None, :, None] & real[None, None, :]
-            tl.store(out + (row * positions + p[None, :, None]), z, inside)
+        inside = (p < positions)[None, :, None] & real[None, None, :]
+        store_float(x + at, y + centre, inside, LIMIT)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "line"])
 def synthesise_kernel(
     z,
     mean,
@@ -252,6 +350,7 @@ def synthesise_kernel(
     positions,
     coded,
     first,
+    line,
     SIDE_H: tl.constexpr,
     SIDE_W: tl.constexpr,
     UNIT: tl.constexpr,
@@ -260,6 +359,7 @@ def synthesise_kernel(
     LANES: tl.constexpr,
     HALF: tl.constexpr,
     P: tl.constexpr,
+    TILES: tl.constexpr,
     QUARTER: tl.constexpr,
     SCALE: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -268,33 +368,36 @@ def synthesise_kernel(
 ):
     """x from coefficients fp32[coded, positions] in order of `rows`; other bands are 0."""
     COUNT: tl.constexpr = SIDE_H * SIDE_W
+    TWO: tl.constexpr = LANES > HALF
     positions *= QUARTER
-    tile, block = first + tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
-    p, c = tile * P + tl.arange(0, P), tl.arange(0, LANES)
-    column, real = block * WIDTH + c, c < WIDTH
-    band = tl.arange(0, COUNT)[:, None] * (BLOCKS * WIDTH) + column[None, :]
-    if FAST:
-        row = tl.load(rows + band)[:, None, :]
+    run, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    c, d = tl.arange(0, LANES), tl.arange(0, HALF)
+    left = half(synthesis, block, 0, WIDTH, LANES, HALF)
+    right = half(synthesis, block, 1, WIDTH, LANES, HALF) if TWO else left
+    band = tl.arange(0, COUNT)[:, None] * (BLOCKS * WIDTH) + (block * WIDTH + c)[None, :]
+    row = tl.load(rows + band, (c < WIDTH)[None, :], other=0)[:, None, :]
+    for t in range(TILES):
+        p = (first + run * TILES + t) * P + tl.arange(0, P)
         known = row < coded
-    else:
-        row = tl.load(rows + band, real[None, :], other=0)[:, None, :]
-        known = (p < positions)[None, :, None] & real[None, None, :] & (row < coded)
-    z = tl.load(z + (row * positions + p[None, :, None]), known, other=0.0)
-    for part in tl.static_range(LANES // HALF):
-        c = part * HALF + tl.arange(0, HALF)
-        column, real = block * WIDTH + c, c < WIDTH
-        y = over_space(turn(z, synthesis, block, c, WIDTH, PRECISION), SCALE)
-        at = offsets(p, column, height, wide, lead, down, along, channel, SIDE_H, SIDE_W, UNIT)
-        if FAST:
-            store_float(x + at, y + tl.load(mean + column)[None, None, :], None, LIMIT)
-        else:
-            centre = tl.load(mean + column, real, other=0.0)[None, None, :]
-            inside = (p < positions)[None, :, None] & real[None, None, :]
-            store_float(x + at, y + centre, inside, LIMIT)
+        if not FAST:
+            known &= (p < positions)[None, :, None] & (c < WIDTH)[None, None, :]
+        y = tl.load(z + (row * positions + p[None, :, None]), known, other=0.0)
+        give(
+            *(over_space(turn(y, left, PRECISION), SCALE), x, mean, p, block * WIDTH + d),
+            *(d < WIDTH, height, wide, lead, down, along, channel, positions),
+            *(SIDE_H, SIDE_W, UNIT, LIMIT, FAST),
+        )
+        if TWO:
+            give(
+                *(over_space(turn(y, right, PRECISION), SCALE), x, mean, p),
+                *(block * WIDTH + HALF + d, HALF + d < WIDTH),
+                *(height, wide, lead, down, along, channel, positions),
+                *(SIDE_H, SIDE_W, UNIT, LIMIT, FAST),
+            )
 
 
 def energies(x: Tensor, mean: Tensor, analysis: Tensor, place: Place, out: Tensor) -> list[Launch]:
-    """What writes squares of coefficients, summed over each tile: fp32[place.tiles, bands]."""
+    """What writes squares of coefficients, summed by program: fp32[place.lines, bands]."""
     given = (x, mean, analysis, mean, out)
     return _launches(analyse_kernel, given, place, x, ENERGIES=True)
 
@@ -319,31 +422,27 @@ def _launches(
     kernel: object, given: tuple[object, ...], place: Place, x: Tensor, **constants: object
 ) -> list[Launch]:
     """Whole tiles, and the masked rest. `given` are the arguments around those of the place."""
-    lanes = max(triton.next_power_of_2(place.width), 16)
-    regular = lanes == place.width and place.positions % 4 == 0
-    whole = place.positions // place.tile if regular else 0
-    blocks = place.channels // place.width
     unit = place.channels if place.strides[3] == 1 else 1
     strides = tuple(stride // unit for stride in place.strides[:3])
+    blocks = place.channels // place.width
     shape = {
         "SIDE_H": place.sides[0],
         "SIDE_W": place.sides[1],
         "UNIT": unit,
         "BLOCKS": blocks,
         "WIDTH": place.width,
-        "LANES": lanes,
-        "HALF": min(lanes, 32),
+        "LANES": place.lanes,
+        "HALF": min(place.lanes, 32),
         "P": place.tile,
         "SCALE": place.count**-0.5,
         "PRECISION": "ieee" if warp_size() == 64 else "tf32x3",
     }
-    runs = [(0, whole, True), (whole, place.tiles - whole, False)]
     found = []
-    for first, count, fast in runs:
-        quarter = 4 if fast else 1
+    for run in place.runs:
+        quarter = 4 if run.fast else 1
         where = (*place.blocks, *strides, place.strides[3], place.positions // quarter)
-        tile = {**shape, **constants, "QUARTER": quarter, "FAST": fast}
-        arguments = (*given[:5], *where, *given[5:], first)
-        if count:
-            found.append(Launch(kernel, count * blocks, _THREADS // warp_size(), arguments, tile))
+        tile = {"TILES": run.tiles, "QUARTER": quarter, "FAST": run.fast}
+        arguments = (*given[:5], *where, *given[5:], run.first, run.line)
+        programs, warps = run.programs * blocks, _THREADS // warp_size()
+        found.append(Launch(kernel, programs, warps, arguments, {**shape, **constants, **tile}))
     return found
