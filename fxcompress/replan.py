@@ -99,8 +99,7 @@ class Replanner:
         calibration = measured_on(slices, self.settings, gradients, used=self.used)
         if calibration is None:
             return None
-        if calibration.scatter is None and self.settings.calibration is not None:
-            calibration = replace(calibration, scatter=self.settings.calibration.scatter)
+        calibration = _completed(calibration, self.settings.calibration)
         before, after = self._noise(calibration)
         seconds = time.perf_counter() - begun
         log.info(
@@ -151,6 +150,19 @@ class Replanner:
             return sum(cost(p) for p in prices)
 
         return noise(self.planned.decision.choices), noise(fresh.choices)
+
+
+def _completed(fresh: Calibration, before: Calibration | None) -> Calibration:
+    """With what only an earlier measurement knows: of a part of a batch, PyTorch may save other
+    tensors than of the whole."""
+    if before is None:
+        return fresh
+    graphs = tuple(
+        replace(graph, tensors={**(before.of(graph.signature) or {}), **graph.tensors})
+        for graph in fresh.graphs
+    )
+    scatter = before.scatter if fresh.scatter is None else fresh.scatter
+    return replace(fresh, graphs=graphs, scatter=scatter)
 
 
 def _used(planned: Planned) -> dict[str, str]:

@@ -195,6 +195,18 @@ def test_what_cannot_be_measured_stays_as_it_is(
     assert fxcompress.explain(run).key() == key
 
 
+def test_what_only_the_whole_batch_saves_keeps_its_measurements() -> None:
+    def calibration(scatter: float | None, **elements: int) -> Calibration:
+        tensors = {name: TensorEvidence(elements=n) for name, n in elements.items()}
+        return Calibration((GraphEvidence("graph", tensors),), scatter=scatter)
+
+    completed = replan._completed(calibration(None, a=1, c=3), calibration(0.5, a=10, b=20))
+    assert completed == calibration(0.5, a=1, b=20, c=3)
+    assert replan._completed(completed, None) is completed
+    other = Calibration((GraphEvidence("another graph", {"a": TensorEvidence()}),))
+    assert replan._completed(other, completed).graphs == other.graphs
+
+
 def test_settings_that_make_no_sense() -> None:
     with pytest.raises(SettingsError, match="1 step or more"):
         fxcompress.backend(policy="transform2", replan_every=0)
