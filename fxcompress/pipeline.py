@@ -20,6 +20,7 @@ from fxcompress.ledger import Ledger
 from fxcompress.lifetimes import located
 from fxcompress.passes.analyse import Candidate, analyse
 from fxcompress.passes.capture import CaptureError, Cut, pair
+from fxcompress.passes.pieces import exact_pieces
 from fxcompress.passes.rebase import rebase
 from fxcompress.passes.recompute import recompute
 from fxcompress.passes.rewrite import KEEP, rewrite
@@ -177,7 +178,7 @@ def plan_graph(cut: Cut, settings: Settings, reserved: int = 0, reserved_plain: 
     if note := reason_to_leave(plain, settings):
         plan = describe(leave_alone(plain, note), plain, settings)
         return Planned(cut, None, plan, channels_last, (), plain, reserved)
-    cut = recompute(cut, settings.min_bytes)
+    cut = exact_pieces(recompute(cut, settings.min_bytes))
     candidates = analyse(cut, settings.min_bytes, channels_last=channels_last)
     evidence = _evidence(cut, settings)
     decision = make_plan(

@@ -20,6 +20,7 @@ from fxcompress.evaluate import evaluate
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate, analyse, saved_bytes
 from fxcompress.passes.capture import Cut, output_args, pair, placeholders
+from fxcompress.passes.pieces import exact_pieces
 from fxcompress.passes.rebase import rebase
 from fxcompress.passes.recompute import recompute
 
@@ -133,7 +134,7 @@ class Recorder:
         lays_out = self.inner == "inductor"
         channels_last = lays_out and torch_private.prefers_channels_last(cut.forward)
         plain = saved_bytes(analyse(cut, self.min_bytes, channels_last=channels_last))
-        cut = recompute(cut, self.min_bytes)
+        cut = exact_pieces(recompute(cut, self.min_bytes))
         candidates = analyse(cut, self.min_bytes, channels_last=channels_last)
         index = len(self.prepared)
         self.prepared.append((cut, candidates, channels_last, plain))

@@ -202,6 +202,8 @@ def _read(start: fx.Node, tainted: set[fx.Node]) -> _Readers:
 def _read_with_gradient(node: fx.Node, reader: fx.Node, found: _Readers) -> None:
     if prop.branches_on(reader, node):
         found.keep = found.keep or f"{prop.op_name(reader)} branches on its value"
+    elif prop.masks_scores(reader, node):
+        found.keep = found.keep or "a mask of attention scores"
     elif prop.is_step(reader):
         found.keep = found.keep or f"{prop.op_name(reader)} has jumps"
     elif not prop.is_known(reader):
@@ -228,17 +230,26 @@ def _cannot_follow(reader: fx.Node) -> str:
 
 
 def _boundary(node: fx.Node, tainted: set[fx.Node]) -> list[fx.Node]:
-    """The last boolean or integer nodes that depend on ``node``: what has to be saved of it."""
+    """Boolean or integer nodes that stand for all which is computed from ``node``: to be saved.
+
+    The last ones, as long as that takes no more bits: of `a & b` one mask, not two, but of
+    `where(a, 1, -1)` the mask, not the integers.
+    """
     pending, result, seen = [node], [], {node}
     while pending:
         current = pending.pop()
         onward = [u for u in current.users if u not in tainted and prop.is_integer(u)]
-        stays = [u for u in current.users if u not in onward]
-        if stays or not onward:
+        goes_on = len(onward) == len(current.users) and _bits(onward) <= _bits([current])
+        if not goes_on:
             result.append(current)
+            continue
         pending.extend(u for u in onward if u not in seen)
         seen.update(onward)
     return result
+
+
+def _bits(nodes: Iterable[fx.Node]) -> int:
+    return sum(_numel(n) * prop.integer_bits(n) for n in nodes)
 
 
 def _is_linear_in_one(node: fx.Node, lineage: set[fx.Node]) -> bool:
@@ -281,6 +292,8 @@ def _excluded(saved: Saved, root: fx.Node, held: set[fx.Node]) -> str:
         return "result of a collective"
     if value.layout is not torch.strided:
         return f"layout {value.layout} has no dense storage"
+    if value.dtype in prop.FLOATS and prop.is_masked_out(saved.forward):
+        return "holds values that mask others out"
     if value.dtype not in prop.FLOATS and value.dtype not in prop.INTEGERS:
         return f"dtype {str(value.dtype).removeprefix('torch.')} has no codec"
     return ""

@@ -41,18 +41,7 @@ def forward_twins(cut: Cut, nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
     Returns:
         backward node → forward node of equal value.
     """
-    twins: dict[fx.Node, fx.Node] = {s.backward: s.forward for s in cut.saved}
-    by_name = {p.name: p for p in placeholders(cut.forward)}
-    for received in placeholders(cut.backward):
-        if received not in twins and received.name in by_name:
-            twins[received] = by_name[received.name]
-    known = {
-        key: node
-        for node in cut.forward.graph.nodes
-        if node.op == "call_function" and prop.is_pure(node)
-        for key in [_key(node, node.args, node.kwargs)]
-        if key is not None
-    }
+    twins, known = _received(cut), _expressions(cut.forward.graph)
 
     def twin(node: fx.Node) -> fx.Node:
         if node in twins:
@@ -75,6 +64,39 @@ def forward_twins(cut: Cut, nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
         return twins[node]
 
     return {node: twin(node) for node in nodes}
+
+
+def known_twins(cut: Cut) -> dict[fx.Node, fx.Node]:
+    """The forward's node of equal value for each node of the backward that has one already."""
+    twins, known = _received(cut), _expressions(cut.forward.graph)
+    for node in cut.backward.graph.nodes:
+        if node.op == "call_function" and all(n in twins for n in node.all_input_nodes):
+            args = fx.node.map_arg(node.args, lambda n: twins[n])
+            key = _key(node, args, fx.node.map_arg(node.kwargs, lambda n: twins[n]))
+            if key in known:
+                twins[node] = known[key]
+    return twins
+
+
+def _received(cut: Cut) -> dict[fx.Node, fx.Node]:
+    """Backward placeholder → what it holds in the forward: a saved tensor or an input."""
+    twins = {s.backward: s.forward for s in cut.saved}
+    by_name = {p.name: p for p in placeholders(cut.forward)}
+    for received in placeholders(cut.backward):
+        if received not in twins and received.name in by_name:
+            twins[received] = by_name[received.name]
+    return twins
+
+
+def _expressions(graph: fx.Graph) -> dict[Hashable, fx.Node]:
+    """What can be evaluated again, by operator and arguments."""
+    return {
+        key: node
+        for node in graph.nodes
+        if node.op == "call_function" and prop.is_pure(node)
+        for key in [_key(node, node.args, node.kwargs)]
+        if key is not None
+    }
 
 
 def _in_order(node: fx.Node, have: dict[fx.Node, fx.Node]) -> list[fx.Node]:

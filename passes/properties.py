@@ -124,6 +124,14 @@ _LINEAR = frozenset(
     """.split()  # noqa: SIM905 (a list of words reads better than a column)
 )
 
+# Ops that hand on what is added or filled in to mask elements out, in size.
+_MASKING = frozenset(
+    """
+    add sub mul where masked_fill maximum minimum convert_element_type _to_copy clone
+    """.split()  # noqa: SIM905 (a list of words reads better than a column)
+)
+MASKING_CONSTANT = 1e4  # and above, up to infinity: what models mask scores with
+
 # Ops that never fuse into a neighbour: they read and write memory of their own.
 _EXTERN = frozenset(
     """
@@ -288,6 +296,45 @@ def branches_on(node: fx.Node, argument: fx.Node) -> bool:
     """``node`` compares the values of ``argument`` although it returns floats."""
     positions = _BRANCHING.get(op_name(node), ())
     return any(p in positions for p in _positions(node, argument))
+
+
+def masks_scores(node: fx.Node, argument: fx.Node) -> bool:
+    """``node`` is a fused attention and adds ``argument`` to its scores."""
+    if not isinstance(node.target, torch._ops.OpOverload) or "attention" not in op_name(node):
+        return False
+    names = [a.name for a in node.target._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return any(given.get(name) is argument for name in ("attn_bias", "attn_mask"))
+
+
+def is_masked_out(node: fx.Node) -> bool:
+    """Some elements are -inf, or as good as that: filled in, or added to what they were.
+
+    No grid of a few levels holds them beside the others.
+    """
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if current.op != "call_function":
+            continue
+        constant = op_name(current) in {"full", "scalar_tensor"}
+        if not (constant or op_name(current) in _MASKING or is_view(current)):
+            continue
+        numbers = [a for a in current.args if isinstance(a, int | float)]
+        if not is_view(current) and any(abs(a) >= MASKING_CONSTANT for a in numbers):
+            return True
+        new = [n for n in current.all_input_nodes if is_tensor(n) and n not in seen]
+        seen.update(new)
+        pending.extend(new)
+    return False
+
+
+def integer_bits(node: fx.Node) -> int:
+    """Bits that an element of a boolean or integer tensor takes, where its range is known."""
+    bounds = integer_range(node)
+    if bounds is None:
+        return 8 * value(node).element_size()
+    return max((bounds[1] - bounds[0]).bit_length(), 1)
 
 
 def integer_range(node: fx.Node) -> tuple[int, int] | None:

@@ -398,7 +398,7 @@ def _line(
     size = value.shape[d] if value.dim() else 1
     text = text.format(*names, d=d, e=e, n=size, k=numbers[1] % max(size, 1))
     if "_(" in text:
-        return _in_place(text, live)
+        return None if _is_split(value, live) else _in_place(text, live)
     try:
         made = eval(text, dict(NAMES), dict(live))
     except _REFUSALS:
@@ -410,6 +410,16 @@ def _line(
     live.update(zip(targets, values, strict=True))
     comma = "," if isinstance(made, tuple) and len(made) == 1 else ""
     return f"{', '.join(targets)}{comma} = {text}"
+
+
+def _is_split(value: Tensor, live: dict[str, Tensor]) -> bool:
+    """`chunk` or `unbind` made views of this memory: autograd forbids to write to it.
+
+    It says so when it is next asked how such a view came about, not when it is written.
+    """
+    storage = value.untyped_storage().data_ptr()
+    views = [v for v in live.values() if v.untyped_storage().data_ptr() == storage]
+    return any(type(v.grad_fn).__name__ in {"SplitBackward0", "UnbindBackward0"} for v in views)
 
 
 def _in_place(text: str, live: dict[str, Tensor]) -> str | None:

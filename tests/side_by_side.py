@@ -20,6 +20,7 @@ from fxcompress.calibrate import evidence_of
 from fxcompress.evaluate import evaluate
 from fxcompress.passes.analyse import analyse, saved_bytes
 from fxcompress.passes.capture import CaptureError, Cut, pair, placeholders
+from fxcompress.passes.pieces import exact_pieces
 from fxcompress.passes.rebase import rebase
 from fxcompress.passes.recompute import recompute
 from fxcompress.passes.rewrite import rewrite
@@ -48,18 +49,25 @@ class Noise:
 
 @dataclass
 class Graph:
-    """One compiled graph: as plain, and rewritten under each policy (None: left as it was)."""
+    """One compiled graph: as plain, and rewritten under each policy (None: left as it was).
+
+    Attributes:
+        recorded: the first step, on the plain graphs as the planner takes them.
+        gradients: of that step, of the plain backward.
+    """
 
     plain: Cut
     plans: dict[str, Plan]
     cuts: dict[str, Cut | None]
     noise: Noise | None = None
     ran: bool = False
-    steps: list[_Step] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    recorded: Recording | None = None
+    gradients: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """A forward that waits for its backward."""
 
     inputs: tuple[Any, ...]
@@ -121,7 +129,7 @@ class SideBySide:
 
     def _forward(self, graph: Graph, arguments: Sequence[Any]) -> list[Any]:
         state, count = torch.get_rng_state(), graph.plain.num_outputs
-        before = _copies(graph.plain, arguments)
+        before = copies(graph.plain, arguments)
         mine = {n: _forward(c, before, state) for n, c in graph.cuts.items() if c is not None}
         outputs = evaluate(graph.plain.forward, arguments)[0]
         for name, (found, written) in mine.items():
@@ -129,7 +137,7 @@ class SideBySide:
                 raise Mismatch(f"{name}: the forward returns something else")
             if not all(map(same, written, arguments)):
                 raise Mismatch(f"{name}: an input is overwritten by something else")
-        graph.steps.append(_Step(before, state, {n: o[count:] for n, (o, _) in mine.items()}))
+        graph.steps.append(Step(before, state, {n: o[count:] for n, (o, _) in mine.items()}))
         return outputs
 
     def _backward(self, graph: Graph, arguments: Sequence[Any]) -> list[Any]:
@@ -145,6 +153,9 @@ class SideBySide:
         outputs = evaluate(graph.plain.backward, arguments)[0]
         if "exact" in mine and not all(map(same, mine["exact"], outputs)):
             raise Mismatch(f"lossless gradients are off by {_difference(mine['exact'], outputs)}")
+        if graph.recorded is None:
+            graph.gradients = outputs
+            graph.recorded = self._recording(graph, step, tangents)
         lossy = graph.cuts["lossy"]
         if lossy is not None and not graph.ran:
             graph.noise = self._noise(graph, step, tangents, outputs)
@@ -152,7 +163,7 @@ class SideBySide:
         return outputs
 
     def _noise(
-        self, graph: Graph, step: _Step, tangents: dict[str, Any], exact: Sequence[Any]
+        self, graph: Graph, step: Step, tangents: dict[str, Any], exact: Sequence[Any]
     ) -> Noise:
         cut, count = graph.cuts["lossy"], graph.plain.num_outputs
         assert cut is not None
@@ -162,7 +173,7 @@ class SideBySide:
         total = {i: torch.zeros_like(exact[i]) for i in weights}
         noise, draws, done = 0.0, self.draws, 0
         while done < draws:
-            outputs, _ = _forward(cut, _copies(cut, step.inputs), step.random_state)
+            outputs, _ = _forward(cut, copies(cut, step.inputs), step.random_state)
             found = _backward(cut, outputs[count:], tangents)
             for i in places:
                 if exact[i].isfinite().all() and not found[i].isfinite().all():
@@ -183,26 +194,24 @@ class SideBySide:
             norm,
             noise,
             bias,
-            self._predicted(graph, step, tangents) * norm if self.predict else None,
+            self._predicted(graph) * norm if self.predict else None,
         )
 
-    def _predicted(self, graph: Graph, step: _Step, tangents: dict[str, Any]) -> float:
+    def _predicted(self, graph: Graph) -> float:
         """Relative, squared, of the plan under what a calibration on this step measures."""
         settings = self.settings["lossy"]
-        cut = recompute(rebase(graph.plain.copy()), settings.min_bytes)
-        candidates = analyse(cut, settings.min_bytes)
-        recording = Recording(
-            cut,
-            candidates,
-            False,
-            saved_bytes(candidates),
-            step.inputs,
-            tangents,
-            step.random_state,
-        )
-        calibration = evidence_of([recording], group=settings.group)
+        assert graph.recorded is not None
+        calibration = evidence_of([graph.recorded], group=settings.group)
         found = plan_graph(graph.plain.copy(), replace(settings, calibration=calibration))
         return found.plan.predicted_variance
+
+    def _recording(self, graph: Graph, step: Step, tangents: dict[str, Any]) -> Recording:
+        min_bytes = self.settings["lossy"].min_bytes
+        cut = exact_pieces(recompute(rebase(graph.plain.copy()), min_bytes))
+        candidates = analyse(cut, min_bytes)
+        saved = saved_bytes(candidates)
+        state = step.random_state
+        return Recording(cut, candidates, False, saved, step.inputs, tangents, state)
 
 
 class _Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
@@ -220,7 +229,7 @@ class _Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
 
 def _forward(cut: Cut, inputs: Sequence[Any], state: Tensor) -> tuple[list[Any], tuple[Any, ...]]:
     """(outputs, inputs after the forward wrote to them)."""
-    given = _copies(cut, inputs)
+    given = copies(cut, inputs)
     with torch.random.fork_rng():
         torch.set_rng_state(state)
         return evaluate(cut.forward, given)[0], given
@@ -241,7 +250,7 @@ def _tangents(cut: Cut, arguments: Sequence[Any]) -> dict[str, Any]:
     return {n.name: v for n, v in named if n.name not in saved and not torch_private.is_sym_node(n)}
 
 
-def _copies(cut: Cut, values: Sequence[Any]) -> tuple[Any, ...]:
+def copies(cut: Cut, values: Sequence[Any]) -> tuple[Any, ...]:
     """The inputs, copied where the forward writes to them."""
     mutated = {n.name for n in torch_private.mutated_inputs(cut.forward)}
     return tuple(

@@ -22,19 +22,27 @@ codecs given by spec that say so: `rotate(scale=lsq)`, `transform(unbiased=False
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from redraw import redraw
+from side_by_side import Graph, SideBySide, copies
 from torch import Tensor, nn
 from train_small import backend, no_leftovers
 
 import fxcompress
+from fxcompress.calibrate import evidence_of
+from fxcompress.passes.rewrite import rewrite
+from fxcompress.pipeline import plan_graph
+from fxcompress.settings import make
 
+SETTINGS = make(policy="lossless", min_bytes=0, inner="aot_eager")
+CHUNK = 50  # draws that are added up at once
 RANDOM_DIRECTIONS = 8
 SECOND_ORDER = 0.05  # of the variance, plus what chance leaves
 
@@ -134,61 +142,84 @@ class Statistics:
         return sum(z.numel() for z in self.z.values())
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A step of a model, to be planned and repeated; names of parameters by place of gradient."""
+
+    graph: Graph
+    calibration: fxcompress.Calibration
+    parameters: dict[int, str]
+
+
 @cache
-def exact(name: str) -> tuple[Tensor, ...]:
-    """Gradients without compression, from the same graphs."""
-    torch._dynamo.reset()
-    model, inputs, labels = task(name)
-    compiled = torch.compile(model, backend=backend("lossless"))
-    F.cross_entropy(compiled(inputs), labels).backward()
-    return tuple(p.grad.double() for p in model.parameters())
+def recorded(name: str) -> Recorded:
+    with no_leftovers():
+        model, inputs, labels = task(name)
+        made = SideBySide(SETTINGS, SETTINGS)
+        F.cross_entropy(torch.compile(model, backend=made)(inputs), labels).backward()
+    (graph,) = made.graphs
+    assert graph.recorded is not None
+    addresses = {p.data_ptr(): name for name, p in model.named_parameters()}
+    given = enumerate(graph.recorded.inputs)
+    names = {i: addresses[x.data_ptr()] for i, x in given if x.data_ptr() in addresses}
+    assert len(names) == len(addresses)
+    return Recorded(graph, evidence_of([graph.recorded]), names)
+
+
+def draws(name: str, policy: str, **settings: Any) -> tuple[Callable[[], list[Tensor]], Any]:
+    """(gradients of the parameters under new noise at each call, the plan)."""
+    found = recorded(name)
+    step = found.graph.recorded
+    assert step is not None
+    given = replace(SETTINGS, policy=policy, calibration=found.calibration, **settings)
+    planned = plan_graph(found.graph.plain.copy(), given)
+    assert planned.decision is not None, planned.plan.note
+    cut = rewrite(planned.cut, planned.decision.choices, "", channels_last=False)
+    run = redraw(cut, copies(cut, step.inputs), step.tangents, step.random_state)
+
+    def draw() -> list[Tensor]:
+        gradients = run()
+        return [gradients[i] for i in found.parameters]
+
+    return draw, planned.plan
 
 
 def measure(name: str, policy: str, steps: int, **settings: Any) -> tuple[Statistics, Any]:
-    """(statistics over ``steps`` steps, the plan)."""
-    truth = exact(name)
-    torch._dynamo.reset()
+    """(statistics over ``steps`` draws, the plan)."""
     fxcompress.manual_seed(0)
-    model, inputs, labels = task(name)
-    made = backend(policy, **settings)
-    compiled = torch.compile(model, backend=made)
+    draw, plan = draws(name, policy, **settings)
+    found = recorded(name)
+    truth = [found.graph.gradients[i].double().flatten() for i in found.parameters]
     generator = torch.Generator().manual_seed(1)
-    directions = [
-        torch.stack(
-            [
-                g.flatten() / g.norm(),
-                *(
-                    (torch.randint(0, 2, (g.numel(),), generator=generator) * 2.0 - 1).double()
-                    / g.numel() ** 0.5
-                    for _ in range(RANDOM_DIRECTIONS)
-                ),
-            ]
-        )
-        for g in truth
-    ]
-    means = [torch.zeros_like(g) for g in truth]
-    squares, projected = 0.0, []
-    for _ in range(steps):
-        model.zero_grad(set_to_none=True)
-        F.cross_entropy(compiled(inputs), labels).backward()
-        errors = [p.grad.double() - g for p, g in zip(model.parameters(), truth, strict=True)]
-        for mean, e in zip(means, errors, strict=True):
-            mean += e / steps
-        squares += sum(float(e.square().sum()) for e in errors)
-        projected.append([d @ e.flatten() for d, e in zip(directions, errors, strict=True)])
-    names = [k for k, _ in model.named_parameters()]
+    directions = [_directions(g, generator) for g in truth]
+    totals, squares = [torch.zeros_like(g) for g in truth], 0.0
+    projected: list[list[Tensor]] = [[] for _ in truth]
+    for start in range(0, steps, CHUNK):
+        drawn = [draw() for _ in range(min(CHUNK, steps - start))]
+        for i, exact in enumerate(truth):
+            errors = torch.stack([d[i].flatten() for d in drawn]).double() - exact
+            totals[i] += errors.sum(0)
+            squares += float(errors.square().sum())
+            projected[i].append(errors @ directions[i].T)
     z = {}
-    for i, parameter in enumerate(names):
-        draws = torch.stack([p[i] for p in projected])
-        noise = draws.std(0)
-        noisy = noise > 1e-6 * truth[i].norm()  # else it is computed from exact tensors alone
+    for parameter, exact, parts in zip(found.parameters.values(), truth, projected, strict=True):
+        along = torch.cat(parts)
+        noise = along.std(0)
+        noisy = noise > 1e-6 * exact.norm()  # else it is computed from exact tensors alone
         if bool(noisy.any()):
-            z[parameter] = (draws.mean(0) / (noise / steps**0.5))[noisy]
+            z[parameter] = (along.mean(0) / (noise / steps**0.5))[noisy]
     norm = sum(float(g.square().sum()) for g in truth)
-    mean_square = sum(float(m.square().sum()) for m in means)
+    mean_square = sum(float((t / steps).square().sum()) for t in totals)
     variance = (squares / steps - mean_square) * steps / (steps - 1)
     bias = mean_square - variance / steps
-    return Statistics(z, bias / norm, variance / steps / norm, variance / norm), made.plan()
+    return Statistics(z, bias / norm, variance / steps / norm, variance / norm), plan
+
+
+def _directions(gradient: Tensor, generator: torch.Generator) -> Tensor:
+    """The gradient's own and some of random signs, each of length one."""
+    shape = (RANDOM_DIRECTIONS, gradient.numel())
+    signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1
+    return torch.cat([gradient[None] / gradient.norm(), signs.double() / gradient.numel() ** 0.5])
 
 
 UNBIASED: list[tuple[str, dict[str, Any]]] = [
@@ -233,7 +264,20 @@ def test_mean_of_a_thousand_seeds(name: str, policy: str, settings: dict[str, An
 @pytest.mark.parametrize("name", ["cnn", "gpt"])
 def test_mean_of_some_seeds(name: str) -> None:
     """The same in small."""
-    held(name, "uniform4", 64)
+    held(name, "uniform4", 100)
+
+
+@pytest.mark.parametrize("name", ["cnn", "gpt"])
+def test_what_is_drawn_is_what_a_compiled_model_computes(name: str) -> None:
+    draw, _ = draws(name, "uniform2")
+    model, inputs, labels = task(name)
+    compiled = torch.compile(model, backend=backend("uniform2"))
+    fxcompress.manual_seed(7)
+    F.cross_entropy(compiled(inputs), labels).backward()
+    trained = dict(model.named_parameters())
+    fxcompress.manual_seed(7)
+    for parameter, drawn in zip(recorded(name).parameters.values(), draw(), strict=True):
+        torch.testing.assert_close(drawn, trained[parameter].grad)
 
 
 @pytest.mark.parametrize(
