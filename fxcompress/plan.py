@@ -175,6 +175,11 @@ class Plan:
         return f"biased by nature: {names}; {size}"
 
     @property
+    def remarks(self) -> str:
+        """What its reader has to know: why graphs were left alone, which codecs are biased."""
+        return "; ".join(text for text in (self.note, self.bias) if text)
+
+    @property
     def saved_bytes_before(self) -> int:
         """Bytes of saved activations under plain Inductor, each storage counted once."""
         return sum(t.storage_bytes for t in self.tensors)
@@ -232,8 +237,7 @@ class Plan:
             f"{_mb(self.saved_bytes)} MB, planned peak {_mb(self.plain_peak_bytes)} → "
             f"{_mb(self.planned_peak_bytes)} MB"
         )
-        notes = [note for note in (self.note, self.bias) if note]
-        table = Table(title=title, caption="; ".join(notes) or None)
+        table = Table(title=title, caption=self.remarks or None)
         for column in ("tensor", "module", "shape", "dtype", "representation"):
             table.add_column(column, overflow="fold")
         table.add_column("MB before", justify="right")

@@ -99,6 +99,19 @@ def test_layers_alike_but_for_their_bits_are_one_row():
     assert f"layers.0–{LAYERS - 2}" in titles
 
 
+def test_every_view_says_what_is_biased():
+    """And by how much, where that was measured."""
+    coarse = {"representation": "fp8(format=e4m3)", "biased": True}
+    tensors = [replace(t, **coarse, predicted_bias=0.01) for t in PLAN.tensors[1:3]]
+    plan = replace(PLAN, tensors=tuple(tensors))
+    said = "biased by nature: fp8 ×2; by 0.02 of the gradient's squared norm"
+    assert said in str(plan).replace("\n", " ")
+    assert said in viz_graph.heading(plan)
+    assert viz_html.payload(plan, "", None, None, ())["plan"]["note"] == f"a note; {said}"
+    unknown = replace(plan, tensors=(replace(tensors[0], predicted_bias=None),))
+    assert "was not measured for 1: fxcompress.check" in viz_graph.heading(unknown)
+
+
 @pytest.mark.parametrize("depth", [0, 1, 2, 3, 9])
 def test_every_tensor_is_in_exactly_one_row(depth: int):
     held = [i for _, tensors in rows(module_tree(PLAN), depth) for i in tensors]

@@ -82,8 +82,7 @@ def run(args: argparse.Namespace) -> int:
         f"{plan.predicted_variance:.3g} ({'measured' if plan.calibrated else 'guessed'})"
     )
     rows = [row(t, plan.predicted_variance, errors.get(t.name)) for t in tensors]
-    notes = "; ".join(note for note in (plan.note, plan.bias) if note)
-    _write("dump", rows, _COLUMNS, args.format, title, _totals(plan), notes)
+    _write("dump", rows, _COLUMNS, args.format, title, _totals(plan), plan.remarks)
     return 0
 
 

@@ -149,7 +149,7 @@ def heading(plan: Plan) -> str:
         f"gradient variance {plan.predicted_variance:.3g} "
         f"({'measured' if plan.calibrated else 'guessed'})"
     )
-    return f"{line}\n{plan.note}" if plan.note else line
+    return f"{line}\n{plan.remarks}" if plan.remarks else line
 
 
 def _legend(folded: nx.MultiDiGraph) -> str:

@@ -90,7 +90,7 @@ def payload(
             "gap": plan.gap,
             "slowdown": plan.slowdown,
             "graphs": plan.graphs,
-            "note": plan.note,
+            "note": plan.remarks,
         },
         "kinds": {name: [kind.colour, kind.meaning] for name, kind in KINDS.items()},
         "specs": list(specs),

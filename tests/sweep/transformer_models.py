@@ -378,7 +378,7 @@ def subjects() -> list[Subject]:
             f"transformers:{a.type}",
             partial(_make, a),
             representative=a.representative,
-            predict=False,
+            predict=a.representative,
         )
         for a in ARCHITECTURES
     ]
