@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,6 +119,40 @@ def _rebuilding_seconds(recipe: Recipe, found: Rates) -> float:
             moved += torch_private.size_hint(value.numel()) * value.element_size()
     seconds = sum(map(_flops, recipe.steps)) / found.flops + moved / found.bytes
     return recipe.share * seconds
+
+
+def is_faster_inlined(spec: str) -> bool:
+    """A codec's decode, fused by Inductor with its reader, was measured to be faster on this CPU.
+
+    False where it was not measured: see :func:`keep_lowerings`.
+    """
+    kernel, inlined = _lowerings().get(spec, (0.0, 0.0))
+    return inlined < kernel
+
+
+def keep_lowerings(measured: Mapping[str, tuple[float, float]]) -> None:
+    """Keep, for later plans, (kernel, inlined) nanoseconds an element of decodes by spec."""
+    files.keep(_lowerings_path(), json.dumps({**_lowerings(), **measured}))
+    _lowerings.cache_clear()
+
+
+@cache
+def _lowerings() -> dict[str, tuple[float, float]]:
+    try:
+        found = files.read_json(_lowerings_path(), LARGEST_FILE)
+        return schema.value(dict[str, tuple[float, float]], found)  # type: ignore[no-any-return]
+    except (OSError, ValueError):
+        return {}
+
+
+def _lowerings_path() -> Path:
+    return torch_private.cache_dir() / "fxcompress" / f"lowerings-{__version__}-{FORMAT}.json"
+
+
+def own_seconds(call: Callable[..., Any], *given: Any) -> float:
+    """The fastest of a few calls on one thread of the CPU, in its own time."""
+    with torch.no_grad(), _one_thread():
+        return _seconds(lambda: call(*given), torch.device("cpu"))
 
 
 def rates(device: str) -> Rates:

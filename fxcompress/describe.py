@@ -116,6 +116,7 @@ def _row(
         bytes_after=bytes_of(choice, masks),
         reason=choice.reason or (why_kept if choice.representation == KEEP else ""),
         predicted_variance=_noise_of(choice, options),
+        lowering=choice.lowering,
         alternatives=tuple(
             Alternative(o.choice.representation, bytes_of(o.choice, {}), o.noise) for o in options
         ),

@@ -18,6 +18,8 @@ from fxcompress.errors import BudgetError, SettingsError
 from fxcompress.evidence import TensorEvidence, signature
 from fxcompress.ledger import Ledger
 from fxcompress.lifetimes import located
+from fxcompress.lowering import lowered, of_mask
+from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate, analyse
 from fxcompress.passes.capture import CaptureError, Cut, pair
 from fxcompress.passes.pieces import exact_pieces
@@ -105,9 +107,17 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         if self.settings.replan_every is not None:
             self.planned = self._unchanged(found)
         rewritten = rewrite(
-            found.cut, found.decision.choices, key, channels_last=found.channels_last
+            found.cut,
+            found.decision.choices,
+            key,
+            channels_last=found.channels_last,
+            inlines_mask=self._inlines_mask,
         )
         return rewritten.forward, rewritten.backward
+
+    def _inlines_mask(self, spec: str, node: fx.Node) -> bool:
+        value, readers = prop.value(node), list(node.users)
+        return of_mask(spec, value, readers, self.settings.lowering) == "inductor"
 
     def _unchanged(self, found: Planned) -> Planned:
         """The same on graphs that stay as they are when these are rewritten."""
@@ -190,6 +200,8 @@ def plan_graph(cut: Cut, settings: Settings, reserved: int = 0, reserved_plain: 
         channels_last=channels_last,
         evidence=evidence,
     )
+    choices = lowered(decision.choices, settings.lowering)
+    decision = replace(decision, choices=choices)
     plan = located(describe(decision, plain, settings, evidence), cut)
     if all(tensor.representation == KEEP for tensor in plan.tensors):
         unchanged = replace(plan, note="nothing to gain", planned_peak_bytes=plain.peak)

@@ -81,6 +81,8 @@ class TensorPlan:
             does not.
         predicted_bias: squared bias that the representation adds to the parameter gradients, over
             their squared norm; 0 where it is unbiased, None where nobody measured it.
+        lowering: by what its payload is decoded: "triton", "cpu", "aten" or "inductor" (see
+            fxcompress/lowering.py); empty where it has none.
     """
 
     name: str
@@ -101,6 +103,7 @@ class TensorPlan:
     alive: tuple[int, int] | None = None
     biased: bool = False
     predicted_bias: float | None = 0.0
+    lowering: str = ""
 
     @property
     def numel(self) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fxcompress.errors import FxCompressError, SettingsError
 from fxcompress.evidence import Calibration
 from fxcompress.overrides import Rule
@@ -17,6 +19,7 @@ from fxcompress.overrides import parse as parse_overrides
 from fxcompress.plan import Plan
 from fxcompress.policies import check_policy, policy
 
+LOWERINGS = ("auto", "triton", "cpu", "inductor")
 INNER_COMPILERS = ("inductor", "aot_eager")
 ENV_PREFIX = "FXCOMPRESS_"
 
@@ -44,6 +47,9 @@ class Settings:
             theorem 4.6; AC-GC, Evans and Aamodt 2021, bounds errors by it): 0.05 lets this excess
             grow by a twentieth. Calibrate with ``weighting="adam"`` for Adam.
         inner: ``"inductor"``, or ``"aot_eager"`` for quick debugging without code generation.
+        lowering: by what payloads are decoded: ``"triton"`` or ``"cpu"``, our kernels;
+            ``"inductor"``: operations in the graph, fused with the readers; ``"auto"`` chooses for
+            each tensor. All give the same bits (see :mod:`fxcompress.lowering`).
         group: elements that share one scale and minimum.
         min_bytes: saved tensors smaller than this are left alone.
         repeats: how often each compiled graph runs before its backwards do. N for a block that is
@@ -68,6 +74,7 @@ class Settings:
     max_grad_error: float | None = None
     max_loss_increase: float | None = None
     inner: str = "inductor"
+    lowering: str = "auto"
     group: int = 256
     min_bytes: int = 16384
     repeats: int = 1
@@ -124,6 +131,15 @@ class Settings:
         if self.inner not in INNER_COMPILERS:
             raise SettingsError(
                 f"inner={self.inner!r} is not known; choose one of {', '.join(INNER_COMPILERS)}"
+            )
+        if self.lowering not in LOWERINGS:
+            raise SettingsError(
+                f"lowering={self.lowering!r} is not known; choose one of {', '.join(LOWERINGS)}"
+            )
+        if self.lowering == "triton" and not torch.cuda.is_available():
+            raise SettingsError(
+                "lowering='triton' needs a GPU, and PyTorch sees none here: install its build for "
+                "your GPU, or take lowering='auto', which uses the kernels of the CPU"
             )
         if self.group < 8 or self.group % 8:
             raise SettingsError(f"group={self.group} must be a multiple of 8, 8 or more")
@@ -228,6 +244,7 @@ _PARSERS: dict[str, Any] = {
     "max_grad_error": float,
     "max_loss_increase": float,
     "inner": str,
+    "lowering": str,
     "group": int,
     "min_bytes": int,
     "repeats": int,

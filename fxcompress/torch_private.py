@@ -338,6 +338,19 @@ def multiply_add_ops() -> list[Any]:
     return [torch.ops.prims.fma.default] if hasattr(torch.ops.prims, "fma") else []
 
 
+def traced(function: Callable[..., Any], given: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+    """A function of fake tensors as a graph, in the operators that Inductor takes after the cut.
+
+    `make_fx` (2.0 to 2.15) with Inductor's `select_decomp_table` (2.4 to 2.15).
+    """
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(function, decomposition_table=select_decomp_table())(*given)
+    graph.graph.eliminate_dead_code()
+    return graph
+
+
 def fake_mode_of(value: torch.Tensor) -> AbstractContextManager[Any]:
     """The fake mode a traced value belongs to, so that new values share its symbols.
 

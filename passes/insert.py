@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 import fxcompress.ops  # noqa: F401  (registers torch.ops.fxcompress)
-from fxcompress import torch_private
+from fxcompress import rng, torch_private
+from fxcompress.codecs import codec
 from fxcompress.passes import properties as prop
 from fxcompress.passes.standardise import Units, restore
 
@@ -80,6 +81,7 @@ def insert_decodes(
     coded: torch.Tensor | None = None,
     units: Units | None = None,
     host: bool = False,
+    inline: bool = False,
 ) -> None:
     """Let every reader of ``node`` read a decode of ``payload`` instead.
 
@@ -87,6 +89,7 @@ def insert_decodes(
         coded: fake value of what was encoded, where that is not ``node`` itself.
         units: statistics to undo a standardisation with.
         host: the payload lies in host memory.
+        inline: decode by operations on each element, for Inductor to fuse with the readers.
     """
     graph, value = backward.graph, prop.value(node)
     coded = value if coded is None else coded
@@ -95,11 +98,14 @@ def insert_decodes(
         with graph.inserting_before(cluster[0]):
             shape = torch_private.size_arguments(graph, value)
             here = _to_device(graph, payload, value.device) if host else payload
-            decoded = graph.call_function(
-                torch.ops.fxcompress.decode.default,
-                (here, key, spec, stream, shape, list(order), coded.dtype),
-            )
-            decoded.meta = {**_provenance(cluster[0]), "val": _laid_out(coded, order)}
+            if inline:
+                decoded = _inlined(graph, here, key, spec, stream, order, coded, cluster[0])
+            else:
+                decoded = graph.call_function(
+                    torch.ops.fxcompress.decode.default,
+                    (here, key, spec, stream, shape, list(order), coded.dtype),
+                )
+                decoded.meta = {**_provenance(cluster[0]), "val": _laid_out(coded, order)}
             if units is not None:
                 decoded = restore(graph, decoded, units, value.dtype)
         for reader in cluster:
@@ -141,6 +147,37 @@ def clusters(graph: fx.Graph, readers: Sequence[fx.Node]) -> list[list[fx.Node]]
         elif clusters and prop.is_extern(current):
             separated = True
     return clusters
+
+
+def _inlined(
+    graph: fx.Graph,
+    payload: fx.Node,
+    key: fx.Node | None,
+    spec: str,
+    stream: int,
+    order: tuple[int, ...],
+    coded: torch.Tensor,
+    reader: fx.Node,
+) -> fx.Node:
+    """A decode as operations on each element, at the graph's insertion point."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    stored = [coded.shape[d] for d in order]
+
+    def decode(payload: torch.Tensor, *key: torch.Tensor) -> torch.Tensor:
+        keys = rng.stream_keys(key[0], stream) if key else None
+        flat = codec(spec).pointwise(payload, coded.numel(), coded.dtype, keys)
+        return flat.view(stored).permute(inverse)
+
+    given = [node for node in (payload, key) if node is not None]
+    with torch_private.fake_mode_of(prop.value(payload)):
+        traced = torch_private.traced(decode, [prop.value(node) for node in given])
+    copies = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))
+    (result,) = traced.graph.output_node().args
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node].meta = {**_provenance(reader), "val": node.meta["val"]}
+    return copies[result]
 
 
 def _laid_out(value: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:

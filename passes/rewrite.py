@@ -7,7 +7,7 @@ tensor in both lists; hoisted masks and the random key join at the end of the ve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,8 @@ class Choice:
         reason: why, in a few words for the report.
         host: the codec's payload waits in host memory.
         exact_masks: comparisons are made on exact values, in the forward; not on decoded ones.
+        lowering: by what the codec's payload is decoded (fxcompress/lowering.py); empty: our
+            operator.
     """
 
     candidate: Candidate
@@ -56,6 +58,7 @@ class Choice:
     reason: str = ""
     host: bool = False
     exact_masks: bool = True
+    lowering: str = ""
 
     @property
     def codec_spec(self) -> str | None:
@@ -102,7 +105,14 @@ def integer_spec(bounds: tuple[int, int] | None) -> str | None:
     return codec(f"bits(bits={bits},low={low})").spec if bits <= WIDEST_INDEX else None
 
 
-def rewrite(cut: Cut, choices: Sequence[Choice], plan_key: str, *, channels_last: bool) -> Cut:
+def rewrite(
+    cut: Cut,
+    choices: Sequence[Choice],
+    plan_key: str,
+    *,
+    channels_last: bool,
+    inlines_mask: Callable[[str, fx.Node], bool] = lambda spec, node: False,
+) -> Cut:
     """Apply ``choices`` to both graphs of ``cut``, in place, and return the new cut.
 
     Args:
@@ -110,6 +120,8 @@ def rewrite(cut: Cut, choices: Sequence[Choice], plan_key: str, *, channels_last
         choices: for candidates of this very cut; tensors without one stay as they are.
         plan_key: carried by the compiled graph to name its plan; empty where no plan is stored.
         channels_last: Inductor will lay feature maps out with channels fastest.
+        inlines_mask: whether a packed mask, by codec and node of the backward, is to be unpacked
+            in the graph, for Inductor to fuse with its readers.
     """
     if channels_last:
         pin_inputs(cut)
@@ -124,12 +136,15 @@ def rewrite(cut: Cut, choices: Sequence[Choice], plan_key: str, *, channels_last
     rectified = [c for c in choices if c.knows_zeros]
     masks = {c: hoisted[insert_masked(cut.backward, c.candidate)] for c in rectified}
     for node, twin in hoisted.items():
-        exchange.add_hoisted(node, twin, integer_spec(prop.integer_range(node)))
+        spec = integer_spec(prop.integer_range(node))
+        inline = spec is not None and inlines_mask(spec, node)
+        exchange.add_hoisted(node, twin, spec, inline)
     cut.backward.graph.eliminate_dead_code()  # what only led to hoisted nodes needs no decode
     for stream, choice in enumerate(choices):
         if choice.codec_spec is not None:
             mask = masks.get(choice)
-            exchange.swap(choice.candidate, choice.codec_spec, stream, choice.host, mask)
+            inline = choice.lowering == "inductor"
+            exchange.swap(choice.candidate, choice.codec_spec, stream, choice.host, mask, inline)
         elif choice.representation == SHAPE:
             insert_blank(cut.backward, choice.candidate.saved.backward)
     return exchange.settle()
@@ -147,7 +162,7 @@ class _Exchange:
         checked = [s for s in cut.saved if not torch_private.is_unchecked(s.forward)]
         self.last_checked = (checked or cut.saved)[-1].backward
 
-    def add_hoisted(self, node: fx.Node, twin: fx.Node, spec: str | None) -> None:
+    def add_hoisted(self, node: fx.Node, twin: fx.Node, spec: str | None, inline: bool) -> None:
         """Save ``twin`` and let the readers of the backward's ``node`` read it instead."""
         if spec is None:
             node.replace_all_uses_with(self.join(twin))
@@ -156,10 +171,16 @@ class _Exchange:
         key = self._key(twin)
         payload = insert_encode(self.cut.forward, twin, spec, key, 0, order, at_once=True)
         received = self.join(payload)
-        insert_decodes(self.cut.backward, node, received, spec, None, 0, order)
+        insert_decodes(self.cut.backward, node, received, spec, None, 0, order, inline=inline)
 
     def swap(
-        self, candidate: Candidate, spec: str, stream: int, host: bool, mask: fx.Node | None
+        self,
+        candidate: Candidate,
+        spec: str,
+        stream: int,
+        host: bool,
+        mask: fx.Node | None,
+        inline: bool,
     ) -> None:
         """Save a payload in place of the tensor; ``mask``: where it is known to be zero."""
         saved, order = candidate.saved, candidate.order
@@ -182,7 +203,7 @@ class _Exchange:
         received_units = units and Units(self.join(units.mean), self.join(units.rstd))
         insert_decodes(
             backward, node, received, spec, received_key, stream, order,
-            coded=prop.value(coded), units=received_units, host=host,
+            coded=prop.value(coded), units=received_units, host=host, inline=inline,
         )  # fmt: skip
         self.swapped[source] = payload
 

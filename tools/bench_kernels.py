@@ -23,7 +23,8 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from fxcompress.codecs import Adaptive, Average, Codec, Frequency, codec
+from fxcompress import costs, rng
+from fxcompress.codecs import Adaptive, Average, Bits, Codec, Frequency, codec
 from fxcompress.errors import SettingsError
 from fxcompress.kernels import cpu
 from fxcompress.kernels import triton as kernels
@@ -98,6 +99,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each CPU kernel")
     parser.add_argument("--skip-cpu", action="store_true", help="only compile")
     parser.add_argument("--skip-gpu", action="store_true", help="only time the CPU's")
+    parser.add_argument(
+        "--lowerings", action="store_true", help="also time decodes that Inductor fuses (minutes)"
+    )
     harness.add_arguments(parser)
 
 
@@ -112,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
     with harness.bars() as bars:
         gpu = [] if args.skip_gpu else compiled(done, bars)
         timed = [] if args.skip_cpu else measured(int(args.mb * 1e6), args.repeats, done, bars)
+        fused = lowerings(done, bars) if args.lowerings else []
     if gpu:
         _print(
             console,
@@ -142,6 +147,15 @@ def run(args: argparse.Namespace) -> int:
             decode_range="decode, range",
         )
         console.print(harness.describe(harness.machine()), highlight=False)
+    if fused:
+        _print(
+            console,
+            fused,
+            title="CPU, one thread: decode and one reader, nanoseconds an element",
+            codec="codec",
+            kernel_ns="kernel",
+            inductor_ns="fused by Inductor",
+        )
     if args.json:
         print(json.dumps({"gpu": _json(gpu), "cpu": _json(timed)}))
     return 0
@@ -372,11 +386,63 @@ def _timed(c: Codec, bits: int, dtype: str, size: int, repeats: int) -> CpuRow:
     return CpuRow(c.name, bits, dtype, encode, decode, *ranges)
 
 
+# ---- lowerings: measured, and kept for plans ----
+
+LOWERED = (
+    "bits(bits=1)",
+    "cast(format=bf16)",
+    "affine(bits=2)",
+    "affine(bits=4)",
+    "dither(bits=2)",
+)
+_LOWERED_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class LoweringRow:
+    """A codec's decode and one pointwise reader, by our kernel and fused by Inductor."""
+
+    codec: str
+    kernel_ns: float
+    inductor_ns: float
+
+
+def lowerings(done: Results | None = None, bars: Progress | None = None) -> list[LoweringRow]:
+    """Both lowerings of codecs that have both, kept beside Inductor's cache for later plans."""
+    done = done or Results()
+    rows = []
+    for spec in bars.track(LOWERED, description="lowerings") if bars else LOWERED:
+        rows.append(LoweringRow(**done.part(f"lowering {spec}", _lowering, spec)))
+    costs.keep_lowerings({r.codec: (r.kernel_ns, r.inductor_ns) for r in rows})
+    return rows
+
+
+def _lowering(spec: str) -> LoweringRow:
+    c, key, count = codec(spec), torch.tensor([1, 2]), _LOWERED_ELEMENTS
+    x = torch.randn(count)
+    x = x > 0 if isinstance(c, Bits) else x
+    payload, gradient = c.encode(x, key, 0), torch.randn(count)
+
+    def read(value: Tensor, gradient: Tensor) -> Tensor:
+        return torch.where(value, 0.0, gradient) if isinstance(c, Bits) else value * gradient
+
+    def kernel(payload: Tensor, gradient: Tensor, key: Tensor) -> Tensor:
+        decoded = torch.ops.fxcompress.decode(payload, key, spec, 0, [count], [0], x.dtype)
+        return read(decoded, gradient)
+
+    def inlined(payload: Tensor, gradient: Tensor, key: Tensor) -> Tensor:
+        return read(c.pointwise(payload, count, x.dtype, rng.stream_keys(key, 0)), gradient)
+
+    ways = (torch.compile(kernel), torch.compile(inlined))
+    ours, fused = (costs.own_seconds(way, payload, gradient, key) / count * 1e9 for way in ways)
+    return LoweringRow(spec, round(ours, 3), round(fused, 3))
+
+
 def _json(rows: Sequence[GpuRow | CpuRow]) -> list[dict[str, Any]]:
     return [{k: v for k, v in asdict(row).items() if k not in NOT_IN_JSON} for row in rows]
 
 
-def _print(console: Console, rows: list[GpuRow] | list[CpuRow], **titles: str) -> None:
+def _print(console: Console, rows: Sequence[Any], **titles: str) -> None:
     table = Table(title=titles.pop("title"))
     for heading in titles.values():
         table.add_column(heading, justify="right", no_wrap=True)

@@ -100,6 +100,7 @@ def row(tensor: TensorPlan, whole_variance: float, error: float | None = None) -
         "readers": readers(tensor),
         "recompute_steps": len(tensor.recompute),
         "representation": tensor.representation,
+        "lowering": tensor.lowering,
         "bits": round(tensor.bits, 3) if sizes_known else None,
         "bytes_before": tensor.storage_bytes,
         "bytes_after": tensor.bytes_after,

@@ -54,6 +54,7 @@ from torch import Tensor
 
 from fxcompress import rng
 from fxcompress.codecs import grid as grids
+from fxcompress.codecs import pointwise
 from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys
 from fxcompress.codecs.grid import META, MIN_STEP, Grid
 from fxcompress.codecs.payload import Section, carve, section_bytes
@@ -177,6 +178,21 @@ class Affine(Codec):
         zero = rest[0] if self.zero == "integer" else self._fixed_zero
         grid = Grid(step, lo, zero, self._top)
         grids.decode(codes, x.view(-1), self.group, shared, grid)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """As `Codec.is_pointwise`: where step and minimum are bf16, one a group."""
+        return self._has_kernels
+
+    def pointwise(
+        self, payload: Tensor, numel: int, dtype: torch.dtype, keys: Keys | None
+    ) -> Tensor:
+        index, limit = pointwise.numbers(numel, payload.device), torch.finfo(dtype).max
+        q = pointwise.codes(payload, index, numel, self.bits, self.group)
+        steps, minima = pointwise.after_codes(numel, self.bits, self.group)
+        step = pointwise.bf16(payload, steps, index // self.group)
+        lo = pointwise.bf16(payload, minima, index // self.group)
+        return (lo + q.float() * step).clamp(-limit, limit).to(dtype)
 
     @property
     def _has_kernels(self) -> bool:

@@ -100,6 +100,17 @@ class Codec(ABC):
     def decode_reference(self, payload: Tensor, x: Tensor, keys: Keys | None) -> None:
         """Fill a contiguous `x` from its payload in plain ATen ops: the definition."""
 
+    @property
+    def is_pointwise(self) -> bool:
+        """An element can be decoded by itself, bit for bit: `pointwise` does it."""
+        return False
+
+    def pointwise(
+        self, payload: Tensor, numel: int, dtype: torch.dtype, keys: Keys | None
+    ) -> Tensor:
+        """`decode_reference`, flat, as operations on each element that a compiler can fuse."""
+        raise CodecError(f"{self} cannot decode an element by itself: call decode")
+
     @abstractmethod
     def error(self, x: Tensor) -> ErrorModel:
         """The error that `encode` then `decode` would add to each element of a contiguous x."""

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fxcompress.codecs import pointwise
 from fxcompress.codecs.base import Codec, ErrorModel, Keys
 from fxcompress.codecs.planar import code_bytes, group_chunks, pack, unpack
 from fxcompress.errors import CodecError
@@ -85,6 +86,18 @@ class Bits(Codec):
         super().check_dtype(dtype)
         if dtype == torch.bool and self.low != 0:
             raise CodecError(f"{self} cannot hold booleans: use bits(bits=1)")
+
+    @property
+    def is_pointwise(self) -> bool:
+        """As `Codec.is_pointwise`."""
+        return True
+
+    def pointwise(
+        self, payload: Tensor, numel: int, dtype: torch.dtype, keys: Keys | None
+    ) -> Tensor:
+        index = pointwise.numbers(numel, payload.device)
+        codes = pointwise.codes(payload, index, numel, self.bits, _GROUP)
+        return codes != 0 if dtype == torch.bool else (codes.to(torch.int64) + self.low).to(dtype)
 
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
         flat = x.view(-1)

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from fxcompress import rng
+from fxcompress.codecs import pointwise
 from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys
 from fxcompress.codecs.grid import check_choice, fixed_error, narrow, round_up
 from fxcompress.codecs.payload import Section, carve, section_bytes
@@ -152,6 +153,18 @@ class Cast(Codec):
         for piece in shared.pieces(flat.device):
             values = piece.fold(numbers[piece.span].float()) * piece.spread(scales)
             flat[piece.span] = piece.unfold(values.clamp(-limit, limit))
+
+    @property
+    def is_pointwise(self) -> bool:
+        """As `Codec.is_pointwise`: bf16, which has no scale."""
+        return self.format == "bf16"
+
+    def pointwise(
+        self, payload: Tensor, numel: int, dtype: torch.dtype, keys: Keys | None
+    ) -> Tensor:
+        limit = torch.finfo(dtype).max
+        values = pointwise.bf16(payload, 0, pointwise.numbers(numel, payload.device))
+        return values.clamp(-limit, limit).to(dtype)
 
     @property
     def _scaled(self) -> bool:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fxcompress import rng
+from fxcompress.codecs import pointwise
 from fxcompress.codecs.affine import Affine
 from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys
 from fxcompress.codecs.payload import carve
@@ -98,6 +99,24 @@ class Dither(Codec):
             noise = rng.hash_range(start, rows * size, *keys).view(rows, size) >> 17
             values = values + (0x7FFF - 2 * noise).float() * (step * 2.0**-16)
             flat[start : start + rows * size] = values.clamp(-limit, limit).view(-1)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """As `Codec.is_pointwise`."""
+        return True
+
+    def pointwise(
+        self, payload: Tensor, numel: int, dtype: torch.dtype, keys: Keys | None
+    ) -> Tensor:
+        assert keys is not None
+        index, limit = pointwise.numbers(numel, payload.device), torch.finfo(dtype).max
+        q = pointwise.codes(payload, index, numel, self.bits, self.group)
+        steps, minima = pointwise.after_codes(numel, self.bits, self.group)
+        step = pointwise.bf16(payload, steps, index // self.group)
+        values = pointwise.bf16(payload, minima, index // self.group) + q.float() * step
+        noise = rng.hash_range(0, numel, *keys) >> 17
+        values = values + (0x7FFF - 2 * noise).float() * (step * 2.0**-16)
+        return values.clamp(-limit, limit).to(dtype)
 
     @property
     def _affine(self) -> Affine:
