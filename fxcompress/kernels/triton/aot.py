@@ -107,9 +107,9 @@ def _moved(ttir: str, turns: int) -> int:
         if access := _ACCESS.search(line):
             moved += _accessed(access[1] or "", access[2]) * times[-1]
         if loop := _LOOP.search(line):
-            start, stop, step = (constants.get(name) for name in loop.groups())
-            known = start is not None and stop is not None and step is not None
-            times.append(times[-1] * ((stop - start) // step if known else turns))
+            bounds = [constants[name] for name in loop.groups() if name in constants]
+            known = (bounds[1] - bounds[0]) // bounds[2] if len(bounds) == 3 else turns
+            times.append(times[-1] * known)
         elif line.rstrip().endswith("{"):
             times.append(times[-1])
         elif line.strip().startswith("}"):

@@ -11,6 +11,7 @@ its code up.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -284,5 +285,5 @@ def decode(sections: Sequence[Tensor], x: Tensor, run: int, group: int) -> list[
     codes, *metadata = sections
     steps, minima = (section.view(torch.int16) for section in metadata)
     given = (codes, steps, minima, x, x.numel())
-    constants = {"LIMIT": torch.finfo(x.dtype).max, "A": run, "BITS": BITS}
+    constants: dict[str, Any] = {"LIMIT": torch.finfo(x.dtype).max, "A": run, "BITS": BITS}
     return launches(decode_kernel, x, group * run, *given, **constants)

@@ -8,6 +8,7 @@ off a sum with a power of two, whose spacing in fp32 is theirs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -192,7 +193,7 @@ def decode(sections: Sequence[Tensor], x: Tensor, group: int) -> list[Launch]:
     return launches(decode_kernel, x, group, numbers, scales, x, x.numel(), **constants)
 
 
-def _operands(sections: Sequence[Tensor]) -> tuple[Tensor, Tensor, dict[str, float]]:
+def _operands(sections: Sequence[Tensor]) -> tuple[Tensor, Tensor, dict[str, Any]]:
     numbers, *scales = sections
     mantissa, bias, nan, bits = FORMATS[numbers.dtype]
     integers = numbers.view(INTEGERS[numbers.element_size()])

@@ -7,6 +7,7 @@ is reshaped to [ROWS, WIDTH/K, K], whose last axis, the blocks, a thread holds o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -142,7 +143,7 @@ def encode(
     scales, means = (section.view(torch.int16) for section in metadata)
     given = (x, codes, scales, means, key, x.numel(), stream & rng.MASK)
     group = DRAWN * block
-    constants = {"LEVELS": table.levels, "THRESHOLDS": table.thresholds, "K": block}
+    constants: dict[str, Any] = {"LEVELS": table.levels, "THRESHOLDS": table.thresholds, "K": block}
     return launches(encode_kernel, x, group, *given, **constants)
 
 
@@ -154,5 +155,9 @@ def decode(
     scales, means = (section.view(torch.int16) for section in metadata)
     given = (codes, scales, means, x, key, x.numel(), stream & rng.MASK)
     group = DRAWN * block
-    constants = {"LIMIT": torch.finfo(x.dtype).max, "LEVELS": table.levels, "K": block}
+    constants: dict[str, Any] = {
+        "LIMIT": torch.finfo(x.dtype).max,
+        "LEVELS": table.levels,
+        "K": block,
+    }
     return launches(decode_kernel, x, group, *given, **constants)
