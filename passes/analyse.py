@@ -38,7 +38,7 @@ class Candidate:
         own_bytes: bytes of its own elements.
         smooth: readers that may see a decoded value.
         exact: boolean and integer nodes to hoist if the value is not kept.
-        attention: fused attention backwards that read it as query or key.
+        attention: fused attention backwards that read it as query, key or log-sum-exp.
         recompute: ops that would rebuild it from other saved tensors and inputs.
         floor_bits: fewest bits its readers bear.
         keep: why it must stay as it is; empty if it may be coded.
@@ -209,9 +209,12 @@ def _read_with_gradient(node: fx.Node, reader: fx.Node, found: _Readers) -> None
     elif not prop.is_known(reader):
         found.keep = found.keep or f"{prop.op_name(reader)} is not an op we know"
     else:
-        if _is_query_or_key(reader, node):
+        is_statistic = prop.normalises_scores(reader, node)
+        if is_statistic or _is_query_or_key(reader, node):
             if attention_is_repeatable(reader):
                 found.attention[reader] = None
+            elif is_statistic:
+                found.keep = found.keep or "the exponential of its noise has no bound"
             else:
                 found.floor_bits = EXPONENTIAL_FLOOR
         found.smooth[reader] = None

@@ -300,11 +300,20 @@ def branches_on(node: fx.Node, argument: fx.Node) -> bool:
 
 def masks_scores(node: fx.Node, argument: fx.Node) -> bool:
     """``node`` is a fused attention and adds ``argument`` to its scores."""
+    return _is_attention_argument(node, argument, "attn_bias", "attn_mask")
+
+
+def normalises_scores(node: fx.Node, argument: fx.Node) -> bool:
+    """``node`` is the backward of a fused attention and ``argument`` its log-sum-exp."""
+    return _is_attention_argument(node, argument, "logsumexp")
+
+
+def _is_attention_argument(node: fx.Node, argument: fx.Node, *names: str) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or "attention" not in op_name(node):
         return False
-    names = [a.name for a in node.target._schema.arguments]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return any(given.get(name) is argument for name in ("attn_bias", "attn_mask"))
+    order = [a.name for a in node.target._schema.arguments]
+    given = {**dict(zip(order, node.args, strict=False)), **node.kwargs}
+    return any(given.get(name) is argument for name in names)
 
 
 def is_masked_out(node: fx.Node) -> bool:

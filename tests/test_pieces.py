@@ -198,6 +198,33 @@ def test_masks_of_attention_stay_exact() -> None:
     assert any("mask" in t.reason for t in made.plan().tensors)
 
 
+def test_a_coded_statistic_of_attention_is_not_used() -> None:
+    """Probabilities are `exp(q·k - lse)`: with q and k exact and lse at 1/16 they had no bound."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.mix, self.out = nn.Linear(32, 96), nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (16 * self.mix(x)).view(4, 12, 3, 2, 16).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    model, x = Attention(), torch.randn(4, 12, 32)
+    exact = gradients(model, model, x)
+    made = backend("lossless")
+    gradients(model, torch.compile(model, backend=made), x)
+    (statistic,) = (t.name for t in made.plan().tensors if len(t.shape) == 3 and t.shape[1] == 2)
+    torch._dynamo.reset()
+    rule = {"match": f"tensor:{statistic}", "codec": "subsample(rate=0.0625)"}
+    made = backend("lossless", overrides=[rule])
+    found = gradients(model, torch.compile(model, backend=made), x)
+    assert "subsample" in {t.representation.partition("(")[0] for t in made.plan().tensors}
+    assert error(found, exact) < 1e-4
+
+
 def test_scores_that_are_masked_by_hand_stay_exact() -> None:
     """In a form that recomputes the softmax from them."""
 

@@ -7,12 +7,16 @@ divided by its standard error. Such a z-score is a standard normal if there is n
 distribution of the noise.
 
 What unbiased means here: each codec's decoded values are right on average (`Codec.unbiased`), so
-every gradient that is linear in the saved tensors is, too. Where a backward multiplies two decoded
-values or bends one (a norm, the softmax of attention, a GELU whose output is rebuilt from a decoded
-input), noise leaves a bias that is small of second order, and a thousand steps do show it: on the
-CNN, `uniform4` has a largest z-score of 6.1 of 81, a squared bias of 1.7 % of the variance. So the
-z-scores are printed, and what is asserted is that the squared bias, corrected for chance, is at
-most 5 % of the variance of one step.
+every gradient that is linear in the saved tensors is, too, and so are piecewise linear ones
+(passes/pieces.py). The CNN has no others but the products in the backward of batch norm: under each
+of the 15 policies below its squared bias, corrected for chance, is within 0.1 % of the variance of
+one step, though a thousand steps show some along the gradient of its first layer.
+
+Where a backward bends decoded values smoothly, noise leaves a bias of the second order: its square
+grows with the square of the variance. On the GPT it does, by 1.6 to 3 times that square from 1 bit
+(variance 0.13) to 4 (0.004), and nearly all of it is the GELU whose output is rebuilt from its
+decoded input: with that input exact, `uniform2` has a squared bias of 0.4 % of the variance instead
+of 24 %. So the z-scores are printed, and these two bounds are asserted.
 
 Biased by nature, and listed as such in every plan: `fp8` and `thesis-det` (rounding to nearest),
 `thesis-affine` (its rounded zero point clips one end), `aq-…`, `alam` (averages of neighbours), and
@@ -44,7 +48,10 @@ from fxcompress.settings import make
 SETTINGS = make(policy="lossless", min_bytes=0, inner="aot_eager")
 CHUNK = 50  # draws that are added up at once
 RANDOM_DIRECTIONS = 8
-SECOND_ORDER = 0.05  # of the variance, plus what chance leaves
+# Most of the squared bias beside what chance leaves: a share of the variance where backwards are
+# piecewise linear, and so many times its square where they are not.
+LINEAR, CURVED = 0.01, 4.0
+BIASED_SHARE = 0.05  # of the variance: what is to be found
 
 
 @pytest.fixture(autouse=True)
@@ -251,7 +258,8 @@ def held(name: str, policy: str, steps: int, **settings: Any) -> None:
         f"{name} {policy}: {found.count} z-scores, largest {found.extreme:.2f}; variance "
         f"{found.variance:.3g}, squared bias {found.bias:.2g} (chance {found.chance:.2g})"
     )
-    assert found.bias < SECOND_ORDER * found.variance + 2 * found.chance
+    allowed = CURVED * found.variance**2 if name == "gpt" else LINEAR * found.variance
+    assert found.bias < allowed + 2 * found.chance
 
 
 @pytest.mark.slow
@@ -286,7 +294,7 @@ def test_what_is_drawn_is_what_a_compiled_model_computes(name: str) -> None:
 def test_biased_policies_are_found_out_and_say_so(policy: str) -> None:
     """The plan names them, and the statistics see what it speaks of."""
     found, plan = measure("cnn", policy, 32 if "lsq" in policy else 2)  # the others draw little
-    assert found.bias > SECOND_ORDER * found.variance + 10 * found.chance
+    assert found.bias > BIASED_SHARE * found.variance + 10 * found.chance
     assert any(t.biased for t in plan.tensors)
     assert "biased by nature" in str(plan)
     assert all(t.predicted_bias is None for t in plan.tensors if t.biased)
