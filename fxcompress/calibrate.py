@@ -150,8 +150,16 @@ def _measure(
             norm = price(tensor, NORM_SPEC, 1.0).variance if tensor.weights is not None else 0.0
         ranges = _sample_ranges(tensor)
         square, count = gradients.get(name, 0.0), tensor.values.numel()
-        found[name] = TensorEvidence(prices, transforms, norm, ranges, square, count)
+        through = _through([s.passed.get(name, {}) for s in priced])
+        found[name] = TensorEvidence(prices, transforms, norm, ranges, square, count, through)
     return found, spread
+
+
+def _through(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the batches, of what was measured on all of them."""
+    first, *others = measured
+    names = [name for name in first if all(name in other for other in others)]
+    return {name: sum(each[name] for each in measured) / len(measured) for name in names}
 
 
 @dataclass

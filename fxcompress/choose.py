@@ -76,6 +76,14 @@ def recompute_choice(candidate: Candidate) -> Choice | None:
     return Choice(candidate, RECOMPUTE, f"rebuilt by {what} from {sources}")
 
 
+def passes_noise(candidate: Candidate) -> bool:
+    """It may be rebuilt from coded tensors: a small error of theirs is a small error of its own,
+    which its readers bear."""
+    recipe = candidate.recipe
+    tame = is_codable(candidate) and candidate.floor_bits == 1
+    return recipe is not None and recipe.is_smooth and tame
+
+
 def payload_bytes(candidate: Candidate, spec: str) -> int:
     """Bytes of the tensor's own payload under ``spec``."""
     return codec(spec).payload_bytes(candidate.stored_shape, candidate.fake.dtype)

@@ -34,18 +34,16 @@ def describe(
     chosen = {c.candidate.name: c for c in decision.choices}
     before = {c.name: c.storage_bytes for c in plain.candidates}
     kept = _why_kept(settings.policy)
+
+    def row(name: str, size: int) -> TensorPlan:
+        found = _row(chosen[name], masks, size, decision.ladders.get(name, ()), kept)
+        return _with_noise_of_roots(found, chosen, decision)
+
     rows = [
-        _row(chosen[c.name], masks, c.storage_bytes, decision.ladders.get(c.name, ()), kept)
-        if c.name in chosen
-        else _rebuilt(c)
-        for c in plain.candidates
+        row(c.name, c.storage_bytes) if c.name in chosen else _rebuilt(c) for c in plain.candidates
     ]
     # Statistics that a recomputation needs are saved although plain Inductor does not.
-    rows += [
-        _row(c, masks, 0, decision.ladders.get(name, ()), kept)
-        for name, c in chosen.items()
-        if name not in before
-    ]
+    rows += [row(name, 0) for name in chosen if name not in before]
     return Plan(
         policy=settings.policy,
         budget_mb=settings.budget_mb,
@@ -74,6 +72,20 @@ def _noise_of(choice: Choice, options: Sequence[Option]) -> float | None:
     return next(
         (o.noise for o in options if o.choice.representation == choice.representation), None
     )
+
+
+def _with_noise_of_roots(
+    row: TensorPlan, chosen: Mapping[str, Choice], decision: Decision
+) -> TensorPlan:
+    """What noise of coded tensors does through one that is rebuilt from them."""
+    if row.representation != RECOMPUTE:
+        return row
+    passes = [p for o in decision.ladders.get(row.name, ()) for p in o.passes]
+    noises = [
+        (share, _noise_of(chosen[root], decision.ladders.get(root, ()))) for root, share in passes
+    ]
+    known = [share * noise for share, noise in noises if noise is not None]
+    return replace(row, predicted_variance=sum(known) if len(known) == len(noises) else None)
 
 
 def _with_bias(row: TensorPlan, evidence: TensorEvidence | None) -> TensorPlan:

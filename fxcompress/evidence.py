@@ -44,6 +44,8 @@ class TensorEvidence:
         grad_square: mean over samples of the squared norm of the gradient that multiplies it in
             its convolution or matrix product; 0 where there is none.
         elements: of the tensor, in the batch that was measured.
+        through: by first tensor of a buffer that is rebuilt from this one, what noise in this one
+            does besides, over what it does by itself (see fxcompress/passing.py).
     """
 
     prices: Mapping[str, Price] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class TensorEvidence:
     sample_ranges: tuple[float, ...] = ()
     grad_square: float = 0.0
     elements: int = 0
+    through: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Start from the least noisy option of every tensor. While the step is too high somewhere, look at its
 highest position and take the options that free the most bytes there for the least noise, until that
-position fits.
+position fits. What is rebuilt, is so from exact tensors.
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ def _move_to(program: Program, moves: _Moves, now: Any, plan: Array) -> None:
     count = len(program.options)
     chosen = moves.columns[:, :count]
     (whole,) = np.nonzero(chosen @ plan[:count] == chosen.sum(axis=1))
-    now[moves.unit[whole]] = whole
+    for move in whole:  # roots come first
+        if all(moves.exact[now[root]] for root in moves.roots[move]):
+            now[moves.unit[move]] = move
 
 
 def _taken(program: Program, moves: _Moves, now: Any) -> Array:

@@ -273,7 +273,13 @@ def _keep_without_roots(candidates: Sequence[Candidate], ladders: list[Ladder]) 
         recipes = [r for i in views if (r := candidates[i].recipe) is not None]
         roots = {prop.storage_root(node) for recipe in recipes for node in recipe.roots}
         needed = [j for root in roots for j in buffers.get(root, ())]
-        lacks = [j for j in needed if not any(map(is_exact, ladders[j]))]
+        passes = {name for i in views for o in ladders[i] for name, _ in o.passes}
+
+        def serves(j: int, passes: set[str] = passes) -> bool:
+            coded = any(o.choice.codec_spec is not None for o in ladders[j])
+            return any(map(is_exact, ladders[j])) or (coded and candidates[j].name in passes)
+
+        lacks = [j for j in needed if not serves(j)]
         lacks += [j for j in views if not any(map(is_rebuilt, ladders[j]))]
         for i in views if lacks else ():
             left = [o for o in ladders[i] if not is_rebuilt(o)]

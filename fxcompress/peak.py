@@ -37,7 +37,7 @@ from fxcompress.passes.insert import clusters
 from fxcompress.passes.layout import can_pin, copied_inputs
 from fxcompress.passes.recipes import Recipe
 from fxcompress.passes.rectified import mask_of
-from fxcompress.passes.rewrite import KEEP, RECOMPUTE, Choice, hoisted_nodes
+from fxcompress.passes.rewrite import KEEP, RECOMPUTE, Choice, coded_roots, hoisted_nodes
 from fxcompress.passes.standardise import units_of
 
 Bytes = npt.NDArray[np.float64]
@@ -63,6 +63,7 @@ class Timeline:
         held: by candidate, 1 while its payload is alive.
         coding: by candidate, 1 where it is encoded or decoded.
         rebuilt: by candidate that has a recipe, bytes of the rebuilt tensor and what it takes.
+        rebuilding: by candidate that has a recipe, its share of 1 where the steps run.
         masks: by hoisted node, bytes of its payload and unpacked copies.
         mask_payload: by hoisted node, bytes of its payload.
         names: node at each position.
@@ -77,6 +78,7 @@ class Timeline:
     held: dict[str, Bytes]
     coding: dict[str, Bytes]
     rebuilt: dict[str, Bytes]
+    rebuilding: dict[str, Bytes]
     masks: dict[fx.Node, Bytes]
     mask_payload: dict[fx.Node, int]
     names: tuple[str, ...]
@@ -97,11 +99,19 @@ class Timeline:
             found += self.coding[name] * workspace
         return found
 
+    def of_root(self, rebuilt: Choice, root: Choice) -> Bytes:
+        """What a coded root adds where a tensor is rebuilt of it: decoded once more."""
+        assert root.codec_spec is not None
+        size = root.candidate.own_bytes + workspace_bytes(root.candidate, root.codec_spec)
+        return self.rebuilding[rebuilt.candidate.name] * size
+
     def total(self, choices: Sequence[Choice]) -> Bytes:
         """Bytes alive at each position under ``choices``."""
         total = self.base.copy()
         for choice in choices:
             total += self.of(choice)
+        for rebuilt, root in coded_roots(choices):
+            total += self.of_root(rebuilt, root)
         for node in hoisted_nodes(choices):
             total += self.masks[node]
         return total
@@ -175,7 +185,7 @@ def timeline(
                 base += copy
 
     kept, dropped, decoded, held, coding = {}, {}, {}, {}, {}
-    rebuilt = _rebuilt(step, cut, candidates, others, channels_last=channels_last)
+    rebuilt, rebuilding = _rebuilt(step, cut, candidates, others, channels_last=channels_last)
     masks: dict[fx.Node, Bytes] = {}
     for candidate in candidates:
         name, saved = candidate.name, candidate.saved
@@ -215,6 +225,7 @@ def timeline(
         held,
         coding,
         rebuilt,
+        rebuilding,
         masks,
         payloads,
         tuple(names),
@@ -235,8 +246,8 @@ def _saved_inputs(cut: Cut) -> int:
 
 def _rebuilt(
     step: _Step, cut: Cut, candidates: Sequence[Candidate], others: int, *, channels_last: bool
-) -> dict[str, Bytes]:
-    """By candidate that has a recipe, what it adds if it is rebuilt (see passes/rebuild.py).
+) -> tuple[dict[str, Bytes], dict[str, Bytes]]:
+    """(what a candidate with a recipe adds if it is rebuilt, its share of 1 where that happens).
 
     Two that need the same root for longer than others do are each counted for it.
     """
@@ -247,7 +258,7 @@ def _rebuilt(
         root = prop.storage_root(candidate.saved.forward)
         readers = [step.at[u] for u in candidate.saved.backward.users]
         first[root] = min([first.get(root, step.end), *readers])
-    found = {}
+    found, where = {}, {}
     for candidate in candidates:
         recipe = candidate.recipe
         if recipe is None:
@@ -263,7 +274,8 @@ def _rebuilt(
         statistics = recipe.share * statistics_bytes(candidate)
         total += step.span(step.birth(candidate.saved.forward), start, statistics)
         found[candidate.name] = total + others * statistics
-    return found
+        where[candidate.name] = step.span(start, start, recipe.share)
+    return found, where
 
 
 def workspace_of(recipe: Recipe, *, copies_weights: bool) -> int:

@@ -11,9 +11,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import fx
 
 from fxcompress import load_plan, overrides, region
-from fxcompress.choose import bytes_of, mask_bytes
+from fxcompress.choose import bytes_of, is_codable, mask_bytes, passes_noise
 from fxcompress.costs import Clock, clock_of
 from fxcompress.decision import MARGIN, Baseline, Decision, budget_of
 from fxcompress.errors import BudgetError, SettingsError
@@ -26,6 +29,7 @@ from fxcompress.passes.rewrite import KEEP, RECOMPUTE, Choice
 from fxcompress.peak import Timeline, timeline
 from fxcompress.plan import Moment
 from fxcompress.policies import Situation, policy
+from fxcompress.program import is_rebuilt
 from fxcompress.provenance import module_path
 from fxcompress.settings import Settings
 from fxcompress.solve import (
@@ -110,6 +114,8 @@ def weighed(
             prices = known.prices if known is not None else {}
             options = [o for o in options if o.noise == 0 or o.choice.representation in prices]
         found.append(options)
+    if evidence is not None or settings.noise_ceiling is None:
+        found = with_passes(candidates, found, evidence)
     overrides.warn_unmatched(settings.overrides, (*plain.candidates, *candidates))
     ruled, fixed = overrides.apply(settings.overrides, candidates, found, evidence or {})
     if settings.plan is not None:  # which was made with regions in force
@@ -121,6 +127,38 @@ def weighed(
             choice, known = chosen[candidate.name], (evidence or {}).get(candidate.name)
             ruled[i] = [Option(choice, overrides.noise_of(choice, found[i], known))]
     return overrides.reconciled(candidates, ruled), fixed | chosen.keys()
+
+
+def with_passes(
+    candidates: Sequence[Candidate],
+    ladders: Sequence[Sequence[Option]],
+    evidence: Mapping[str, TensorEvidence] | None,
+) -> list[Sequence[Option]]:
+    """The ladders, with what noise does through tensors that are rebuilt (see Option.passes).
+
+    Without measurements every rebuilt tensor counts as much as the one that is coded.
+    """
+    found = list(ladders)
+    views: dict[fx.Node, list[int]] = {}
+    for i, candidate in enumerate(candidates):
+        views.setdefault(prop.storage_root(candidate.saved.forward), []).append(i)
+    names = {c.saved.forward: c.name for c in candidates if is_codable(c)}
+    for places in views.values():
+        if not all(passes_noise(candidates[i]) for i in places):
+            continue
+        first = candidates[places[0]]
+        recipes = [r for i in places if (r := candidates[i].recipe) is not None]
+        roots = dict.fromkeys(names[n] for r in recipes for n in r.roots if n in names)
+        passes = []
+        for name in roots:
+            known = (evidence or {}).get(name)
+            share = known.through.get(first.name) if known else len(places)
+            if share is not None and (evidence is None or known is not None):
+                passes.append((name, float(share)))
+        found[places[0]] = [
+            replace(o, passes=tuple(passes)) if is_rebuilt(o) else o for o in ladders[places[0]]
+        ]
+    return found
 
 
 def _followed(
@@ -153,15 +191,20 @@ def _followed(
 
 
 def with_roots(choices: Sequence[Choice]) -> tuple[Choice, ...]:
-    """What would be rebuilt from tensors that are not exact, or are rebuilt, is kept."""
+    """What would be rebuilt is kept if the backward has not its roots, or they are too noisy."""
     settled = {c.candidate.saved.forward: c for c in choices}
     for node, choice in settled.items():  # roots come first
         recipe = choice.candidate.recipe
         if choice.representation != RECOMPUTE or recipe is None:
             continue
-        lacks = [n for n in recipe.roots if n in settled and not settled[n].is_exact]
+        bears_noise = passes_noise(choice.candidate)
+        lacks = [
+            root.candidate.name
+            for root in (settled[n] for n in recipe.roots if n in settled)
+            if not (root.is_exact or (bears_noise and root.codec_spec is not None))
+        ]
         if lacks:
-            reason = f"cannot be rebuilt: {lacks[0].name} is not kept as it is"
+            reason = f"cannot be rebuilt: {lacks[0]} is not kept as it is"
             log.warning("%s %s", choice.candidate.name, reason)
             settled[node] = Choice(choice.candidate, KEEP, reason)
     return tie_storages(tuple(settled.values()))

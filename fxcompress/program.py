@@ -1,9 +1,12 @@
 """Program: the mixed-integer program of a plan as sparse matrices, without its limits.
 
-Columns are options, one binary each, then hoisted masks, one number in [0, 1] each that is at least
-as large as every choice that needs the mask. What is alive at each position of the step is linear
-in them. A tensor's bytes change at a handful of positions only, so the matrix holds the *changes*
-from one position to the next, and a total is a running sum.
+Columns are options, one binary each; then hoisted masks, one number in [0, 1] each that is at least
+as large as every choice that needs the mask; then products of two options, that of rebuilding a
+tensor and that of coding a root of it, whose noise reaches the tensor's readers too. A product is 1
+where both are taken: at least their sum less 1, and over all options of the root as much as the
+first, so that the relaxed program does not get it for nothing. What is alive at each position of
+the step is linear in them. A tensor's bytes change at a handful of positions only, so the matrix
+holds the *changes* from one position to the next, and a total is a running sum.
 """
 
 from __future__ import annotations
@@ -40,12 +43,15 @@ class Option:
         noise: what it adds to the gradients (see fxcompress/ladder.py).
         slowdown: what it adds to the time of a step, over that of the plain step.
         weight: what its noise counts (see ladder.hedges).
+        passes: of rebuilding: roots that may be coded, each with what its noise adds through this
+            tensor's buffer over what it adds by itself (see passing.py).
     """
 
     choice: Choice
     noise: float
     slowdown: float = 0.0
     weight: float = 1.0
+    passes: tuple[tuple[str, float], ...] = ()
 
     @property
     def cost(self) -> float:
@@ -61,11 +67,28 @@ class Rebuilt:
         columns: the option to rebuild, of each of its views.
         instead: what each takes where they are not.
         roots: for each tensor they are rebuilt from, the options of which one must be taken.
+        passes: for each of these, how much of its noise adds through the buffer.
     """
 
     columns: tuple[int, ...]
     instead: tuple[int, ...]
     roots: tuple[tuple[int, ...], ...]
+    passes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A buffer that is rebuilt while a root of it is coded, as columns.
+
+    Attributes:
+        buffer: its place in `Program.rebuilt`.
+        rebuilt: the option to rebuild.
+        coded: the option of the root.
+    """
+
+    buffer: int
+    rebuilt: int
+    coded: int
 
 
 @dataclass(frozen=True)
@@ -75,13 +98,14 @@ class Program:
     Attributes:
         options: all options, tensor by tensor.
         masks: the hoisted nodes.
+        products: pairs of options with a price of their own.
         changes: [positions, columns] sparse, bytes by which each column differs from the position
             before.
         base: bytes at each position that no column changes.
         sizes: saved bytes by column.
         noise, cost: by column, 0 for masks.
         rules: exactly one option a tensor; masks where needed; one buffer coded, kept or rebuilt
-            whole; what is rebuilt has its roots, exact ones, none of them rebuilt itself.
+            whole; what is rebuilt has its roots, none of them rebuilt itself; products.
         units: options of tensors that share a buffer, tensor by tensor.
         starts: the first option of each tensor.
         rebuilt: buffers that may be rebuilt, roots first.
@@ -89,6 +113,7 @@ class Program:
 
     options: tuple[Option, ...]
     masks: tuple[fx.Node, ...]
+    products: tuple[Product, ...]
     changes: Any
     base: Array
     sizes: Array
@@ -118,26 +143,60 @@ def build(ladders: Sequence[Sequence[Option]], step: Timeline) -> Program:
     """The program for tensors with these options on this timeline."""
     options = tuple(option for ladder in ladders for option in ladder)
     masks = tuple(step.masks)
-    sizes = [float(bytes_of(o.choice, {})) for o in options]
-    sizes += [float(step.mask_payload[m]) for m in masks]
-    alive = (step.of(o.choice) for o in options)
-    changes = _changes(chain(alive, (step.masks[m] for m in masks)), len(step.base))
     own = _own_columns(ladders)
     units = _units(ladders, own)
     rebuilt = _rebuilt(options, own, units)
+    products = tuple(
+        Product(n, each.columns[0], column)
+        for n, each in enumerate(rebuilt)
+        for usable in each.roots
+        for column in usable
+        if options[column].choice.drops_values
+    )
+    sizes = [float(bytes_of(o.choice, {})) for o in options]
+    sizes += [float(step.mask_payload[m]) for m in masks] + [0.0] * len(products)
+    alive = (step.of(o.choice) for o in options)
+    together = (_alive_together(p, options, rebuilt, step) for p in products)
+    changes = _changes(chain(alive, (step.masks[m] for m in masks), together), len(step.base))
+    priced = [_price(p, options, rebuilt) for p in products]
+    nothing = [0.0] * len(masks)
     return Program(
         options,
         masks,
+        products,
         changes,
         step.base,
         np.array(sizes),
-        np.array([o.noise for o in options] + [0.0] * len(masks)),
-        np.array([o.cost for o in options] + [0.0] * len(masks)),
-        _rules(options, masks, own, units, rebuilt),
+        np.array([o.noise for o in options] + nothing + [noise for noise, _ in priced]),
+        np.array([o.cost for o in options] + nothing + [cost for _, cost in priced]),
+        _rules(options, masks, products, own, units, rebuilt),
         units,
         np.array([columns[0] for columns in own], dtype=int),
         rebuilt,
     )
+
+
+def _alive_together(
+    product: Product, options: Sequence[Option], rebuilt: Sequence[Rebuilt], step: Timeline
+) -> Array:
+    coded = options[product.coded].choice
+    root = coded.candidate.saved.forward
+    views = [
+        choice
+        for choice in (options[i].choice for i in rebuilt[product.buffer].columns)
+        if choice.candidate.recipe is not None and root in choice.candidate.recipe.roots
+    ]
+    return sum((step.of_root(view, coded) for view in views), np.zeros(len(step.base)))
+
+
+def _price(
+    product: Product, options: Sequence[Option], rebuilt: Sequence[Rebuilt]
+) -> tuple[float, float]:
+    """(noise, cost): the root's noise again, through the buffer, and another decode of it."""
+    coded, buffer = options[product.coded], rebuilt[product.buffer]
+    share = next(p for r, p in zip(buffer.roots, buffer.passes, strict=True) if product.coded in r)
+    again = Option(coded.choice, share * coded.noise, coded.slowdown / 2, coded.weight)
+    return again.noise, again.cost
 
 
 def _changes(columns: Iterable[Array], length: int) -> Any:
@@ -183,20 +242,24 @@ def _rebuilt(
         if not all(again):
             continue
         recipes = [options[i].choice.candidate.recipe for (i,) in again]
-        roots = dict.fromkeys(n for r in recipes if r is not None for n in r.roots)
+        needed = dict.fromkeys(n for r in recipes if r is not None for n in r.roots)
+        roots = [n for n in needed if n in columns_of]
+        passes = dict(options[again[0][0]].passes)
+        shares = [passes.get(options[columns_of[n][0]].choice.candidate.name) for n in roots]
         instead = [
             min(view, key=lambda i: (is_rebuilt(options[i]), not is_kept(options[i])))
             for view in views
+        ]
+        usable = [
+            tuple(i for i in columns_of[n] if _serves(options[i], share is not None))
+            for n, share in zip(roots, shares, strict=True)
         ]
         found.append(
             Rebuilt(
                 tuple(i for (i,) in again),
                 tuple(instead),
-                tuple(
-                    tuple(i for i in columns_of[root] if is_exact(options[i]))
-                    for root in roots
-                    if root in columns_of
-                ),
+                tuple(usable),
+                tuple(share or 0.0 for share in shares),
             )
         )
     return tuple(found)
@@ -205,6 +268,7 @@ def _rebuilt(
 def _rules(
     options: Sequence[Option],
     masks: Sequence[fx.Node],
+    products: Sequence[Product],
     own: Sequence[tuple[int, ...]],
     units: Sequence[Sequence[tuple[int, ...]]],
     rebuilt: Sequence[Rebuilt],
@@ -244,12 +308,27 @@ def _rules(
             rule({whole.columns[0]: 1.0, column: -1.0}, 0.0, 0.0)
         for usable in whole.roots:
             rule({whole.columns[0]: -1.0, **dict.fromkeys(usable, 1.0)}, 0.0, np.inf)
+    places = {(p.buffer, p.coded): len(options) + len(masks) + j for j, p in enumerate(products)}
+    for column, product in enumerate(products, len(options) + len(masks)):
+        rule({column: 1.0, product.rebuilt: -1.0, product.coded: -1.0}, -1.0, np.inf)
+        rule({column: -1.0, product.coded: 1.0}, 0.0, np.inf)
+    for n, each in enumerate(rebuilt):
+        exact = {mask for i in each.columns for mask in options[i].choice.candidate.exact}
+        for usable in each.roots:
+            coded = [places[n, i] for i in usable if (n, i) in places]
+            if not coded:
+                continue
+            as_it_is = [i for i in usable if not options[i].choice.drops_values]
+            row = dict.fromkeys(coded, 1.0) | dict.fromkeys(as_it_is, 1.0)
+            rule({**row, each.columns[0]: -1.0}, 0.0, np.inf)
+            for mask in exact & place.keys():
+                rule({place[mask]: 1.0, **dict.fromkeys(coded, -1.0)}, 0.0, np.inf)
     lengths = [len(row) for row in rows]
     where = [i for row in rows for i in row]
     values = [value for row in rows for value in row.values()]
     matrix = sparse.csr_array(
         (values, where, np.concatenate([[0], np.cumsum(lengths, dtype=int)])),
-        shape=(len(rows), len(options) + len(masks)),
+        shape=(len(rows), len(options) + len(masks) + len(products)),
     )
     return LinearConstraint(matrix, low, high)
 
@@ -260,6 +339,11 @@ def is_kept(option: Option) -> bool:
 
 def is_rebuilt(option: Option) -> bool:
     return option.choice.representation == RECOMPUTE
+
+
+def _serves(root: Option, may_be_coded: bool) -> bool:
+    """What depends on the root can be rebuilt."""
+    return is_exact(root) or (may_be_coded and root.choice.codec_spec is not None)
 
 
 def is_exact(option: Option) -> bool:

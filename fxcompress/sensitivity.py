@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,8 +23,10 @@ from fxcompress.codecs import codec
 from fxcompress.evaluate import Evaluation
 from fxcompress.evidence import Price
 from fxcompress.passes.analyse import Candidate
+from fxcompress.passes.capture import placeholders
 from fxcompress.passes.rectified import filled, mask_of
 from fxcompress.passes.standardise import units_of
+from fxcompress.passing import passed
 from fxcompress.record import Recording, backward_inputs, run_forward
 
 log = logging.getLogger("fxcompress")
@@ -59,11 +61,13 @@ class Sensitivity:
     Attributes:
         gradient: of each parameter, weighed as its errors are.
         gradient_square: squared norm of the unweighed gradient.
+        passed: what noise does through rebuilt tensors (see :func:`fxcompress.passing.passed`).
     """
 
     tensors: tuple[Measured, ...]
     gradient: tuple[Tensor, ...]
     gradient_square: float
+    passed: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def sensitivity(
@@ -88,6 +92,7 @@ def sensitivity(
     candidates = [c for c in recording.candidates if codable(c)]
     units = {c.name: units_of(c.saved.forward) for c in candidates}
     watch = {n.name for u in units.values() if u is not None for n in (u.mean, u.rstd)}
+    watch |= {n.name for c in candidates if c.recipe for n in c.recipe.statistics}
     saved, watched = run_forward(recording, cut, list(watch))
     arguments = backward_inputs(recording, cut, saved)
     gradient, pullback = _pullback(recording, arguments, [c.name for c in candidates])
@@ -105,27 +110,42 @@ def sensitivity(
             directions = [_signs(g, generator) * s for g, s in zip(gradient, scales, strict=True)]
         found.append(pullback(directions))
     by_name = dict(zip((n.name for n in _backward_nodes(recording)), arguments, strict=True))
+    values = {c.name: by_name[c.name].detach() for c in candidates}
+
+    def as_coded(candidate: Candidate, weight: Tensor) -> Tensor:
+        """The derivative by what is coded of the tensor, in storage order."""
+        unit = units[candidate.name]
+        if unit is not None:
+            weight = weight / watched[unit.rstd.name].detach()
+        elif mask_of(candidate) is not None:  # zeros come back exact
+            weight = weight * (values[candidate.name] > 0)
+        return weight.permute(candidate.order).contiguous()
+
     tensors = []
     for candidate in candidates:
-        value, unit = by_name[candidate.name].detach(), units[candidate.name]
-        weights = [w[candidate.name] for w in found if candidate.name in w]
+        value, unit = values[candidate.name], units[candidate.name]
         if unit is not None:
             mean, rstd = (watched[n.name].detach() for n in (unit.mean, unit.rstd))
             value = (value - mean) * rstd
-            weights = [w / rstd for w in weights]
-        elif mask_of(candidate) is not None:  # zeros come back exact
-            weights = [w * (value > 0) for w in weights]
+        elif mask_of(candidate) is not None:
             value = filled(value)
-        order = candidate.order
-        tensors.append(
-            Measured(
-                candidate,
-                value.permute(order).contiguous(),
-                tuple(w.permute(order).contiguous() for w in weights) or None,
-            )
-        )
+        value = value.permute(candidate.order).contiguous()
+        weights = [as_coded(candidate, w[candidate.name]) for w in found if candidate.name in w]
+        tensors.append(Measured(candidate, value, tuple(weights) or None))
+    through: dict[str, dict[str, float]] = {}
+    if weighting != "norm":
+        given = zip(placeholders(cut.forward), recording.inputs, strict=True)
+        known = {
+            n: values.get(n.name, by_name.get(n.name, watched.get(n.name)))
+            for c in candidates
+            if c.recipe
+            for n in (*c.recipe.roots, *c.recipe.inputs)
+        }
+        known.update({n: v for n, v in given if n in known})
+        coded = {t.candidate: t.values for t in tensors if t.weights is not None}
+        through = passed(cut.forward, coded, found, known, as_coded)
     weighed = tuple(g * s for g, s in zip(gradient, scales, strict=True))
-    return Sensitivity(tuple(tensors), weighed, total)
+    return Sensitivity(tuple(tensors), weighed, total, through)
 
 
 def price(tensor: Measured, spec: str, gradient_square: float) -> Price:

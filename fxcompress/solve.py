@@ -383,11 +383,13 @@ def _plan(program: Program, options: list[int]) -> Array:
 
 
 def _settled(program: Program, taken: Array) -> Array:
-    """Whole numbers, each mask where a choice needs it and nowhere else."""
+    """Whole numbers, each mask and each product where choices need it and nowhere else."""
     count = len(program.options)
+    end = count + len(program.masks)
     taken = np.append(np.round(taken[:count]), np.zeros(len(taken) - count))
+    taken[end:] = [taken[p.rebuilt] * taken[p.coded] for p in program.products]
     short = (program.rules.A @ taken < program.rules.lb - 0.5).astype(float)
-    taken[count:] = (program.rules.A[:, count:].T @ short) > 0
+    taken[count:end] = (program.rules.A[:, count:end].T @ short) > 0
     return taken
 
 

@@ -7,7 +7,7 @@ one: to repeat a convolution twice would cost more than to hold its output meanw
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import fx
 
@@ -33,9 +33,9 @@ def rebuild(
     for candidate in candidates:
         together[prop.storage_root(candidate.saved.forward)].append(candidate)
     for views in together.values():
-        users = [u for c in views for u in c.saved.backward.users if u in living]
-        if users:
-            _repeat(cut.backward.graph, views, min(users), received)
+        readers = {c: [u for u in c.saved.backward.users if u in living] for c in views}
+        if any(readers.values()):
+            _repeat(cut.backward.graph, readers, received)
 
 
 def _living(cut: Cut, hoisted: Collection[fx.Node]) -> set[fx.Node]:
@@ -52,18 +52,21 @@ def _living(cut: Cut, hoisted: Collection[fx.Node]) -> set[fx.Node]:
 
 def _repeat(
     graph: fx.Graph,
-    views: Sequence[Candidate],
-    before: fx.Node,
+    readers: Mapping[Candidate, Sequence[fx.Node]],
     received: Callable[[fx.Node], fx.Node],
 ) -> None:
-    """The steps of all views of one buffer, each once."""
+    """The steps of all views of one buffer, each once; ``readers``: of each view."""
     made: dict[fx.Node, fx.Node] = {}
-    recipes = [c.recipe for c in views if c.recipe is not None]
+    recipes = [c.recipe for c in readers if c.recipe is not None]
     for recipe in recipes:
         made.update({source: received(source) for source in (*recipe.roots, *recipe.inputs)})
-    with graph.inserting_before(before):
+    with graph.inserting_before(min(reader for each in readers.values() for reader in each)):
         for step in sorted({step for recipe in recipes for step in recipe.steps}):
+            for pinned in step.all_input_nodes:  # a weight as passes/layout.py has it read
+                if pinned not in made:
+                    made[pinned] = graph.node_copy(pinned, made.__getitem__)
             made[step] = graph.node_copy(step, made.__getitem__)
             made[step].meta["autograd_backward"] = True
-    for candidate in views:
-        candidate.saved.backward.replace_all_uses_with(made[candidate.saved.forward])
+    for candidate, users in readers.items():
+        for user in users:
+            user.replace_input_with(candidate.saved.backward, made[candidate.saved.forward])

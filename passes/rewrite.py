@@ -84,15 +84,32 @@ class Choice:
         return coded and mask_of(self.candidate) is not None
 
 
-def hoisted_nodes(choices: Iterable[Choice]) -> dict[fx.Node, Choice]:
+def coded_roots(choices: Iterable[Choice]) -> list[tuple[Choice, Choice]]:
+    """(what is rebuilt, a root of it that is coded) for all such pairs."""
+    by_node = {c.candidate.saved.forward: c for c in choices}
+    return [
+        (choice, by_node[node])
+        for choice in by_node.values()
+        if choice.representation == RECOMPUTE and choice.candidate.recipe is not None
+        for node in choice.candidate.recipe.roots
+        if node in by_node and by_node[node].drops_values
+    ]
+
+
+def noisy(choices: Sequence[Choice]) -> list[Choice]:
+    """Choices under which the backward does not see the tensor's exact values."""
+    rebuilt = {choice for choice, _ in coded_roots(choices)}
+    return [c for c in choices if c.drops_values or c in rebuilt]
+
+
+def hoisted_nodes(choices: Sequence[Choice]) -> dict[fx.Node, Choice]:
     """Backward nodes to compute in the forward, each with the first choice that asks for it."""
     wanted: dict[fx.Node, Choice] = {}
-    for choice in choices:
-        if choice.drops_values:
-            for node in choice.candidate.exact:
-                # A decoded comparison may be wrong, a decoded index may lie outside its tensor.
-                if choice.exact_masks or prop.value(node).dtype != torch.bool:
-                    wanted.setdefault(node, choice)
+    for choice in noisy(choices):
+        for node in choice.candidate.exact:
+            # A decoded comparison may be wrong, a decoded index may lie outside its tensor.
+            if choice.exact_masks or prop.value(node).dtype != torch.bool:
+                wanted.setdefault(node, choice)
     return wanted
 
 
@@ -128,7 +145,7 @@ def rewrite(
     hoisted = forward_twins(cut, hoisted_nodes(choices))
     repeat_attention(
         cut.backward,
-        dict.fromkeys(n for c in choices if c.drops_values for n in c.candidate.attention),
+        dict.fromkeys(n for c in noisy(choices) for n in c.candidate.attention),
     )
     exchange = _Exchange(cut, plan_key, channels_last)
     rebuilt = [c.candidate for c in choices if c.representation == RECOMPUTE]

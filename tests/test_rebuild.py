@@ -12,7 +12,15 @@ from test_graphs import Recorder, record
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress.passes.properties import op_name
+from fxcompress import rng
+from fxcompress.calibrate import evidence_of
+from fxcompress.choose import codable_choice, exact_choice, recompute_choice
+from fxcompress.evidence import signature
+from fxcompress.passes.analyse import analyse
+from fxcompress.passes.properties import op_name, storage_root
+from fxcompress.passes.rewrite import Choice, rewrite
+from fxcompress.record import Recorder as StepRecorder
+from fxcompress.record import Recording, gradients
 
 RULE = {"representation": "recompute"}
 
@@ -182,3 +190,114 @@ def test_a_saved_plan_rebuilds_again(tmp_path: Any) -> None:
         (t.name, t.representation) for t in first.plan.tensors
     ]
     assert rebuilt(again) == rebuilt(first)
+
+
+# --- coded roots ---------------------------------------------------------------------------------
+
+
+def recorded(model: nn.Module, x: Tensor) -> Recording:
+    recorder = StepRecorder(0)
+    torch.compile(model, backend=recorder)(x).sum().backward()
+    (found,) = recorder.recordings()
+    return found
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten().double() for t in tensors])
+
+
+@pytest.mark.parametrize(("make", "shape"), CASES, ids=["conv", "gpt"])
+def test_noise_of_a_root_is_priced_through_what_is_rebuilt(
+    make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    """As large as measured for one buffer; where there are several, at least as large."""
+    spec, seeds = "rotate(bits=3)", 24
+    torch.manual_seed(0)
+    recording = recorded(make(), torch.randn(shape))
+    evidence = evidence_of([recording], probes=4).of(signature(recording.cut))
+    assert evidence is not None
+    exact = flat(gradients(recording, recording.cut))
+
+    def measured(coded: str, first: str | None) -> float:
+        """Squared error with one tensor coded and the buffer of another rebuilt."""
+        cut = recording.cut.copy()
+        candidates = analyse(cut, 0, channels_last=recording.channels_last)
+        buffers = {c.name: storage_root(c.saved.forward) for c in candidates}
+        choices = []
+        for candidate in candidates:
+            choice: Choice | None = exact_choice(candidate)
+            if first is not None and buffers[candidate.name] is buffers[first]:
+                choice = recompute_choice(candidate)
+            elif candidate.name == coded:
+                choice = codable_choice(candidate, spec)
+            assert choice is not None
+            choices.append(choice)
+        rewritten = rewrite(cut, choices, "", channels_last=recording.channels_last)
+        rng.manual_seed(1)
+        errors = [flat(gradients(recording, rewritten)) - exact for _ in range(seeds)]
+        rng.manual_seed(None)
+        return sum(float(e.square().sum()) for e in errors) / seeds
+
+    ratios = []
+    for name, known in evidence.items():
+        alone = measured(name, None)
+        for first, share in known.through.items():
+            ratio = measured(name, first) / alone
+            assert 1 + share > 0.8 * ratio, (name, first)
+            if len(known.through) == 1:
+                assert 1 + share < 1.3 * ratio, (name, first)
+            ratios.append(ratio)
+    assert len(ratios) > 2
+    assert max(ratios) > 1.5, "what is rebuilt adds nothing here"
+
+
+def test_comparisons_of_what_is_rebuilt_from_noise_are_exact() -> None:
+    """The second block's ReLU is decided in the forward, whatever its convolution becomes."""
+    rules = [
+        {"match": "convolutions.1", "bits": 4},
+        {"match": "convolutions.2", **RULE},
+    ]
+    x = torch.randn(4, 3, 16, 16)
+    recorder = record(Conv(), x, policy="lossless", overrides=rules)
+    kinds = {t.module: t.representation for t in recorder.plan.tensors if "conv" in t.op}
+    assert kinds["convolutions.2"] == "recompute"
+    assert kinds["convolutions.1"].endswith("bits=4)") or "bits=4" in kinds["convolutions.1"]
+    exact = [t for t in recorder.plan.tensors if t.module.startswith("convolutions.3")]
+    assert [t.representation for t in exact] == ["keep"]
+    # Two masks are saved: of the coded tensor and of the one rebuilt from it.
+    packed = [n for n in recorder.after.saved if op_name(n.forward) == "encode"]
+    bits = [n for n in packed if "bits(bits=1" in str(n.forward.args[2])]
+    assert len(bits) == 2
+    decoded = {"decode"}
+    nodes = recorder.after.backward.graph.nodes
+    compared = [n for n in nodes if op_name(n) in {"le", "gt"}]
+    assert not [n for n in compared if _depends_on(n, decoded)]
+
+
+def _depends_on(node: Any, names: set[str]) -> bool:
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if op_name(current) in names:
+            return True
+        pending += [n for n in current.all_input_nodes if n not in seen]
+        seen.update(pending)
+    return False
+
+
+def test_tight_budgets_rebuild_from_coded_tensors() -> None:
+    x = torch.randn(16, 64, 32)
+
+    def planned(**settings: Any) -> fxcompress.Plan:
+        torch._dynamo.reset()
+        backend = fxcompress.backend(inner="aot_eager", **settings)
+        compiled = torch.compile(nn.Sequential(Block(), Block(), Block()), backend=backend)
+        compiled(x).sum().backward()
+        return fxcompress.explain(compiled)
+
+    before = planned(policy="lossless").saved_bytes_before
+    plan = planned(ratio_saved=12)
+    assert plan.saved_bytes <= before / 12
+    again = [t for t in plan.tensors if t.representation == "recompute" and t.predicted_variance]
+    assert again, "no tensor is rebuilt from a coded one"
+    assert 0 < plan.predicted_variance < 1

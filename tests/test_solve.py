@@ -57,8 +57,8 @@ class Problem:
 
     @cached_property
     def plans(self) -> list[Brute]:
-        """Every combination of options that treats views of one buffer alike, and rebuilds from
-        exact tensors only."""
+        """Every combination of options that treats views of one buffer alike, and rebuilds only
+        from tensors that are there."""
         columns = {
             o.choice: (self.step.of(o.choice), bytes_of(o.choice, {}), o.noise, o.cost)
             for ladder in self.ladders
@@ -67,16 +67,21 @@ class Problem:
         found = []
         for combination in itertools.product(*self.ladders):
             fates: dict[fx.Node, set[str]] = {}
-            now = {o.choice.candidate.saved.forward: o.choice for o in combination}
             for option in combination:
                 root, what = _root(option.choice.candidate), option.choice.representation
                 fate = what if what in {KEEP, RECOMPUTE} else "coded"
                 fates.setdefault(root, set()).add(fate)
-            has_roots = all(
-                now[root].representation == KEEP
+            option = {o.choice.candidate.saved.forward: o for o in combination}
+            ways = [
+                (o, option[root], dict(self.first(o).passes))
                 for o in combination
                 if o.choice.representation == RECOMPUTE and o.choice.candidate.recipe is not None
                 for root in o.choice.candidate.recipe.roots
+            ]
+            has_roots = all(
+                r.choice.representation == KEEP
+                or (r.choice.codec_spec is not None and r.choice.candidate.name in passes)
+                for _, r, passes in ways
             )
             if has_roots and all(len(states) == 1 for states in fates.values()):
                 choices = tuple(option.choice for option in combination)
@@ -87,8 +92,29 @@ class Problem:
                 saved += sum(self.step.mask_payload[m] for m in masks)
                 noise = sum(columns[c][2] for c in choices)
                 cost = sum(columns[c][3] for c in choices)
+                pairs = {
+                    (_root(o.choice.candidate), r.choice): (r, passes[r.choice.candidate.name])
+                    for o, r, passes in ways
+                    if r.choice.codec_spec is not None
+                }
+                for root_option, share in pairs.values():
+                    noise += share * root_option.noise
+                    cost += share * root_option.noise * root_option.weight
+                for o, r, _ in ways:
+                    if r.choice.codec_spec is not None:
+                        alive = alive + self.step.of_root(o.choice, r.choice)
                 found.append(Brute(choices, float(alive.max()), saved, noise, cost))
         return found
+
+    def first(self, option: Option) -> Option:
+        """The same of the first view of the buffer: it says what noise passes."""
+        root = _root(option.choice.candidate)
+        return next(
+            o
+            for ladder in self.ladders
+            for o in ladder
+            if _root(o.choice.candidate) is root and o.choice.representation == RECOMPUTE
+        )
 
     def of(self, solution: Solution | None) -> Brute:
         """What was found, as brute force has it."""
@@ -109,7 +135,7 @@ def problem(
     base: Sequence[float] = (),
     masked: Sequence[int] = (),
     views: bool = False,
-    rebuilt: Mapping[int, tuple[Sequence[int], float]] | None = None,
+    rebuilt: Mapping[int, tuple[Mapping[int, float | None], float]] | None = None,
 ) -> Problem:
     """Tensors saved from ``born`` over the turn of the step until ``needed``.
 
@@ -118,7 +144,8 @@ def problem(
         noises: of each tensor's codecs, from 8 bits down.
         masked: tensors with an exact reader; neighbours in the list share their mask.
         views: the last two tensors are views of one buffer.
-        rebuilt: tensors that may be rebuilt, each with those it starts from and the slowdown.
+        rebuilt: tensors that may be rebuilt, each with those it starts from and how much of their
+            noise it passes (None: it bears none), and the slowdown.
     """
     nodes: list[fx.Node] = []
     again: dict[str, np.ndarray] = {}
@@ -139,9 +166,10 @@ def problem(
         )
         node.meta["val"] = fake
         nodes.append(node)
-        recipe, slowdown = None, 0.0
+        recipe, slowdown, passes = None, 0.0, ()
         if rebuilt is not None and i in rebuilt:
             roots, slowdown = rebuilt[i]
+            passes = tuple((f"s{r}", share) for r, share in roots.items() if share is not None)
             recipe = Recipe((node,), tuple(nodes[r] for r in roots), (), 1.0, False)
         received = backward.placeholder(f"s{i}")
         received.meta["val"] = fake
@@ -167,7 +195,8 @@ def problem(
         again[name] = _span(needed - 1, needed, size, length)
         ladders.append(
             [Option(Choice(candidate, KEEP), 0.0)]
-            + [Option(Choice(candidate, RECOMPUTE), 0.0, slowdown)] * (recipe is not None)
+            + [Option(Choice(candidate, RECOMPUTE), 0.0, slowdown, 1.0, passes)]
+            * (recipe is not None)
             + [
                 Option(Choice(candidate, f"affine(bits={b})"), n)
                 for b, n in zip(BITS, noises[i], strict=False)
@@ -184,6 +213,7 @@ def problem(
         held=held,
         coding={},
         rebuilt=again,
+        rebuilding={n: np.append(np.diff(a) > 0, False).astype(float) for n, a in again.items()},
         masks=masks,
         mask_payload=payloads,
         names=names,
@@ -214,10 +244,11 @@ def problems(draw: st.DrawFn) -> Problem:
     masked = draw(st.lists(st.integers(0, count - 1), unique=True).map(sorted))
     rebuilt = {}
     for i in draw(st.sets(st.integers(1, count - 1))):
-        roots = draw(st.lists(st.integers(0, i - 1), min_size=1, max_size=2, unique=True))
+        shares = st.none() | st.sampled_from([0.0, 0.5, 2.0])
+        roots = draw(st.dictionaries(st.integers(0, i - 1), shares, min_size=1, max_size=2))
         rebuilt[i] = (roots, draw(st.sampled_from([0.0, 1e-3, 0.1, 10.0])))
     views = draw(st.booleans())
-    if views and count - 2 in rebuilt.get(count - 1, ((),))[0]:
+    if views and count - 2 in rebuilt.get(count - 1, ({},))[0]:
         del rebuilt[count - 1]  # no view is rebuilt from its own buffer
     return problem(
         spans, noises, length=length, base=base, masked=masked, views=views, rebuilt=rebuilt
