@@ -101,18 +101,20 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
     def _compress(self, cut: Cut) -> _Modules | None:
         """The two graphs of the plan, made from ``cut`` in place; None to leave all as it was."""
         found = plan_graph(cut, self.settings, self.ledger.reserved(), self.ledger.reserved_plain())
-        key = self._record(found.plan)
         if found.decision is None:
+            self._record(found.plan)
             return None
-        if self.settings.replan_every is not None:
-            self.planned = self._unchanged(found)
+        planned = None if self.settings.replan_every is None else self._unchanged(found)
         rewritten = rewrite(
             found.cut,
             found.decision.choices,
-            key,
+            report.store(found.plan),
             channels_last=found.channels_last,
             inlines_mask=self._inlines_mask,
         )
+        # Not earlier: what could not be carried out is no plan.
+        self._record(found.plan)
+        self.planned = planned
         return rewritten.forward, rewritten.backward
 
     def _inlines_mask(self, spec: str, node: fx.Node) -> bool:
