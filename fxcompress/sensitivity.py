@@ -13,20 +13,21 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxcompress.codecs import codec
-from fxcompress.evaluate import Evaluation
+from fxcompress.evaluate import Evaluation, evaluate
 from fxcompress.evidence import Price
 from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.capture import placeholders
 from fxcompress.passes.rectified import filled, mask_of
 from fxcompress.passes.standardise import units_of
 from fxcompress.passing import passed
+from fxcompress.perturb import leads_to, mean_derivatives
 from fxcompress.record import Recording, backward_inputs, run_forward
 
 log = logging.getLogger("fxcompress")
@@ -35,7 +36,8 @@ WEIGHTINGS = ("plain", "relative", "adam")
 WEIGHTING = "plain"
 FAINT = 1e-4  # of the mean square of all elements
 
-_NO_DERIVATIVE = re.compile(r"derivative for ([\w:.]+) is not implemented")
+_MAKES_ANEW = re.compile(r"::(new_|.*_like$)")  # values do not matter to these
+_NO_DERIVATIVE = re.compile(r"derivative for '?([\w:.]+)'? is not implemented")
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,34 @@ def sensitivity(
         tensors.append(Measured(candidate, value, tuple(weights) or None))
     through: dict[str, dict[str, float]] = {}
     if weighting != "norm":
+        coded = {t.candidate: t.values for t in tensors if t.weights is not None}
+        blind = {t.candidate: t.values for t in tensors if t.weights is None}
+
+        def trial(candidate: Candidate, error: Tensor) -> list[Tensor]:
+            """Gradients when what is coded of a tensor is off by this."""
+            error = error.permute(_inverse(candidate.order))
+            unit = units[candidate.name]
+            if unit is not None:
+                error = error / watched[unit.rstd.name].detach()
+            elif mask_of(candidate) is not None:
+                error = error * (values[candidate.name] > 0)
+            changed = {candidate.name: values[candidate.name] + error.to(values[candidate.name])}
+            return _gradients(recording, {**by_name, **changed})
+
+        if blind:
+            exact = _gradients(recording, by_name)
+            sizes = mean_derivatives(blind, exact, scales, trial, generator)
+            tensors = [
+                replace(
+                    t,
+                    weights=tuple(
+                        _signs(t.values, generator) * sizes[t.candidate] for _ in range(probes)
+                    ),
+                )
+                if t.candidate in sizes
+                else t
+                for t in tensors
+            ]
         given = zip(placeholders(cut.forward), recording.inputs, strict=True)
         known = {
             n: values.get(n.name, by_name.get(n.name, watched.get(n.name)))
@@ -142,7 +172,6 @@ def sensitivity(
             for n in (*c.recipe.roots, *c.recipe.inputs)
         }
         known.update({n: v for n, v in given if n in known})
-        coded = {t.candidate: t.values for t in tensors if t.weights is not None}
         through = passed(cut.forward, coded, found, known, as_coded)
     weighed = tuple(g * s for g, s in zip(gradient, scales, strict=True))
     return Sensitivity(tuple(tensors), weighed, total, through)
@@ -156,6 +185,17 @@ def price(tensor: Measured, spec: str, gradient_square: float) -> Price:
     return Price(sum(v for v, _ in found) / count, sum(b for _, b in found) / count)
 
 
+def _gradients(recording: Recording, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """Parameter gradients from these arguments of the backward, by name."""
+    inputs = [arguments[node.name] for node in _backward_nodes(recording)]
+    outputs, _ = evaluate(recording.cut.backward, inputs)
+    return [outputs[i] for i in recording.parameter_gradients()]
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
 def _backward_nodes(recording: Recording) -> list[fx.Node]:
     return list(recording.cut.backward.graph.find_nodes(op="placeholder"))
 
@@ -166,7 +206,8 @@ def _pullback(
     """(parameter gradients, function from signs to derivatives by tensor name)."""
     module, wanted = recording.cut.backward, recording.parameter_gradients()
     order = [n.name for n in _backward_nodes(recording)]
-    fixed = dict(zip(order, arguments, strict=True))
+    alone = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    fixed = dict(zip(order, alone, strict=True))
     opaque: set[str] = set()
 
     def backward(leaves: dict[str, Tensor]) -> list[Tensor]:
@@ -189,10 +230,10 @@ def _pullback(
                 (found,) = pullback(signs, retain_graph=True)
             except RuntimeError as error:
                 missing = _NO_DERIVATIVE.search(str(error))
-                if missing is None or missing[1] in opaque:
+                if missing is None or _schema_name(missing[1]) in opaque:
                     raise
-                log.info("no derivative of %s: its readers are not priced", missing[1])
-                opaque.add(missing[1])
+                log.info("no derivative of %s: what leads to it is perturbed", missing[1])
+                opaque.add(_schema_name(missing[1]))
                 _, pullback = pull()
                 continue
             return {k: v.detach() for k, v in found.items() if _is_priced(recording, k, opaque)}
@@ -201,28 +242,44 @@ def _pullback(
 
 
 class _Detaching(Evaluation):
-    """An evaluation that lets no derivative through ops that have none."""
+    """An evaluation that lets no derivative through ops that have none.
+
+    Some raise when they are asked for one; others, noted here, just give none.
+    """
 
     def __init__(self, module: fx.GraphModule, opaque: set[str]) -> None:
         super().__init__(module, differentiable=True)
         self.opaque = opaque
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if self.opaque and _operator(target) in self.opaque:
+        name = _operator(target)
+        if self.opaque and name in self.opaque:
             args, kwargs = torch.utils._pytree.tree_map_only(
                 Tensor, torch.Tensor.detach, (args, kwargs)
             )
-        return super().call_function(target, args, kwargs)
+        found = super().call_function(target, args, kwargs)
+        is_float = isinstance(found, Tensor) and found.is_floating_point()
+        if is_float and not found.requires_grad and not _MAKES_ANEW.search(name):
+            leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+            if any(isinstance(x, Tensor) and x.requires_grad for x in leaves):
+                log.info("no derivative of %s: what leads to it is perturbed", name)
+                self.opaque.add(name)
+        return found
 
 
 def _operator(target: Any) -> str:
     return target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
 
 
+def _schema_name(name: str) -> str:
+    """Of an operator as PyTorch's message has it."""
+    return name if "::" in name else f"aten::{name}"
+
+
 def _is_priced(recording: Recording, name: str, opaque: set[str]) -> bool:
-    """No smooth reader of the tensor is an op without derivative."""
+    """No error of the tensor passes through an op without derivative."""
     candidate = next(c for c in recording.candidates if c.name == name)
-    return not any(_operator(reader.target) in opaque for reader in candidate.smooth)
+    return not leads_to(candidate.saved.backward, opaque)
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -334,3 +336,60 @@ def test_a_softmax_between_products_is_priced() -> None:
     prices = [p for evidence in found.tensors.values() for p in evidence.prices.values()]
     assert prices
     assert max(p.variance for p in prices) > 0
+
+
+# ---- where there is no derivative ----
+
+
+class Bessel(torch.autograd.Function):
+    """J₀, whose derivative is an operator of which PyTorch knows no derivative."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return -gradient * torch.special.bessel_j1(x)
+
+
+class Waves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(24, 64), nn.Linear(64, 64), nn.Linear(64, 8)
+        with torch.no_grad():
+            self.middle.weight *= 4  # to where J₀ has bends
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.nn.functional.silu(self.first(x))
+        return self.last(Bessel.apply(self.middle(hidden)))
+
+
+def test_tensors_without_derivative_are_perturbed(caplog: pytest.LogCaptureFixture) -> None:
+    """One of them, priced as its errors turn out; the others as ever."""
+    recording = recorded(Waves(), torch.randn(96, 24))
+    with caplog.at_level(logging.INFO, "fxcompress"):
+        evidence = evidence_of([recording], probes=2).of(signature(recording.cut))
+    assert evidence is not None
+    perturbed = {r.args[0] for r in caplog.records if "backward passes" in r.message}
+    spec = "affine(bits=4)"
+    exact = flat(gradients(recording, recording.cut))
+    for name, found in evidence.items():
+        cut = recording.cut.copy()
+        candidates = analyse(cut, 0, channels_last=recording.channels_last)
+        choices = [
+            codable_choice(c, spec) if c.name == name else exact_choice(c) for c in candidates
+        ]
+        rewritten = rewrite(cut, choices, "", channels_last=recording.channels_last)
+        rng.manual_seed(1)
+        errors = [flat(gradients(recording, rewritten)) - exact for _ in range(20)]
+        rng.manual_seed(None)
+        measured = sum(float(e.square().sum()) for e in errors) / 20 / float(exact.square().sum())
+        assert found.prices[spec].variance == pytest.approx(measured, rel=0.35), name
+    assert len(perturbed) == 1
+    assert len(evidence) > 2
