@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,8 @@ import torch
 from fxcompress import report, rng, torch_private
 from fxcompress.automatic import automatic
 from fxcompress.errors import FxCompressError
-from fxcompress.joint import Graph, Whole
-from fxcompress.pipeline import Partitioner, Planned, Role
+from fxcompress.pipeline import Partitioner, Planned
 from fxcompress.plan import Plan, merge
-from fxcompress.planner import Given
 from fxcompress.policies import policy
 from fxcompress.replan import Replanner
 from fxcompress.settings import Settings, make, split_options, update
@@ -32,7 +30,6 @@ class Backend:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.partitioner = Partitioner(settings)
-        self.whole = Whole()
         self.plans: dict[str, None] = {}
         self.__name__ = "fxcompress"
 
@@ -62,9 +59,6 @@ class Backend:
         again_wanted = settings.replan_every is not None and all(
             isinstance(x, torch.Tensor) for x in inputs
         )
-        role = self._role(module, inputs, settings)
-        if role.is_part:
-            return self._compile_part(module, inputs, settings, mode, patches, role)
         kept = torch_private.copy_dynamo_graph(module) if again_wanted else module
         compiled, planned = self._compile(module, inputs, settings, mode, patches)
         if planned is None or not again_wanted:
@@ -82,50 +76,6 @@ class Backend:
 
         return _replanned(compiled, Replanner(kept, self.partitioner.settings, planned, again))
 
-    def _role(
-        self, module: torch.fx.GraphModule, inputs: Sequence[Any], settings: Settings
-    ) -> Role:
-        """Does the graph share a budget that the graphs' plans can be made for together?"""
-        is_bounded = settings.budget_mb is not None or settings.ratio is not None
-        solves = policy(settings.policy).solves and settings.plan is None
-        is_early = torch_private.ends_in_break(module)
-        if not (is_bounded and solves and torch.is_grad_enabled()):
-            return Role()
-        if settings.replan_every is not None or torch_private.job_store() is not None:
-            return Role()  # each graph on its own; all ranks alike
-        if not all(isinstance(x, torch.Tensor) for x in inputs):
-            return Role()
-        return Role(is_part=is_early or bool(self.whole.graphs), is_early=is_early)
-
-    def _compile_part(
-        self,
-        module: torch.fx.GraphModule,
-        inputs: Sequence[Any],
-        settings: Settings,
-        mode: str | None,
-        patches: dict[str, Any],
-        role: Role,
-    ) -> Callable[..., Any]:
-        """Compile one of several graphs that share the budget."""
-        frame, context = torch_private.compile_id(), torch_private.compile_under_way()
-        kept = torch_private.copy_dynamo_graph(module)
-        compiled, planned = self._compile(module, inputs, settings, mode, patches, role)
-        if planned is None:
-            return compiled
-        settings = self.partitioner.settings
-
-        def again(
-            inputs: Sequence[Any], given: Given, old: Planned
-        ) -> tuple[Callable[..., Any], Planned | None]:
-            self.plans.pop(old.plan.key(), None)
-            self.partitioner.ledger.forget(old.plan.key())
-            with torch_private.resumed(context):
-                fresh = torch_private.copy_dynamo_graph(kept)
-                part = Role(is_part=True, given=given)
-                return self._compile(fresh, inputs, settings, mode, patches, part)
-
-        return self.whole.add(Graph(settings, planned, compiled, again, role.is_early, frame))
-
     def _compile(
         self,
         module: torch.fx.GraphModule,
@@ -133,7 +83,6 @@ class Backend:
         settings: Settings,
         mode: str | None,
         patches: dict[str, Any],
-        role: Role = Role(),  # noqa: B008 (frozen)
     ) -> tuple[Callable[..., Any], Planned | None]:
         """(what runs, what was decided if that is to be made again)."""
         frame, ledger = torch_private.compile_id(), self.partitioner.ledger
@@ -145,7 +94,7 @@ class Backend:
             self.partitioner = Partitioner(settings, ledger)
         graph = report.graph_key(module, inputs, self.partitioner.key())
         self.partitioner.plans.clear()
-        self.partitioner.planned, self.partitioner.role = None, role
+        self.partitioner.planned = None
         try:
             if settings.inner == "aot_eager":
                 compiled = torch_private.compile_with_aot_eager(module, inputs, self.partitioner)
@@ -155,11 +104,9 @@ class Backend:
                     **torch_private.mode_options(mode),
                     **patches,
                 }
-                again = self.partitioner.plans_again
-                with torch_private.autograd_cache_off() if again else nullcontext():
-                    compiled = torch_private.compile_with_inductor(
-                        module, inputs, self.partitioner, patches
-                    )
+                compiled = torch_private.compile_with_inductor(
+                    module, inputs, self.partitioner, patches
+                )
         except FxCompressError as error:
             return _refusal(error), None
         if self.partitioner.plans:
@@ -214,7 +161,6 @@ class Backend:
     def reset(self) -> None:
         """Forget what was compiled (``torch._dynamo.reset`` calls this)."""
         self.partitioner = Partitioner(self.settings)
-        self.whole = Whole()
         self.plans.clear()
 
 
