@@ -26,6 +26,7 @@ from torch import Tensor
 from fxcompress import costs, rng
 from fxcompress.codecs import Adaptive, Average, Bits, Codec, Frequency, codec
 from fxcompress.errors import SettingsError
+from fxcompress.fit import at_rate, fit
 from fxcompress.kernels import cpu
 from fxcompress.kernels import triton as kernels
 from fxcompress.tools import harness
@@ -45,7 +46,7 @@ COMPILED = (
     *("frequency(bits=2,channels=-1)", "frequency(bits=2,channels=1)"),
     *("average(beta=0.5,along=space,channels=-1)", "average(beta=0.5,along=space,channels=1)"),
 )
-TIMED = ("affine", "dither", "rotate")
+TIMED = ("affine", "dither", "rotate", "transform")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What kernels are compiled for: whole tiles only.
 _FLAT, _SAMPLES = (1 << 20,), (16, 1 << 16)
@@ -350,7 +351,8 @@ def _access(code: Code, reads: bool, needed: int) -> int:
 def measured(
     size: int, repeats: int, done: Results | None = None, bars: Progress | None = None
 ) -> list[CpuRow]:
-    """Every codec that has CPU kernels at 2 and 4 bits, calls interleaved with x.clone().
+    """Codecs that have CPU kernels, and `transform`, which uses them, at 2 and 4 bits; calls
+    interleaved with x.clone().
 
     Args:
         size: of the tensor, bytes.
@@ -363,15 +365,27 @@ def measured(
     works = [(name, family, bits) for name in DTYPES for family in TIMED for bits in (2, 4)]
     rows = []
     for name, family, bits in bars.track(works, description="timing") if bars else works:
-        own = codec(f"{family}(bits={bits})")
-        row = done.part(f"{family} {bits} {name}", _timed, own, bits, name, size, repeats)
+        row = done.part(f"{family} {bits} {name}", _timed, family, bits, name, size, repeats)
         rows.append(CpuRow(**row))
     return rows
 
 
-def _timed(c: Codec, bits: int, dtype: str, size: int, repeats: int) -> CpuRow:
+def _subject(family: str, bits: int, elements: int) -> tuple[Codec, Tensor]:
+    """(codec, what it codes): white noise, or of `transform` feature maps that are smooth enough
+    for it to take blocks of 4 by 4."""
+    if family != "transform":
+        return codec(f"{family}(bits={bits})"), torch.randn(elements)
+    count = max(elements // (32 * 32 * 64), 1)
+    coarse = torch.randn(count, 8, 1, 8, 1, 64).expand(-1, 8, 4, 8, 4, 64)
+    x = coarse.reshape(count, 32, 32, 64) + 0.5 * torch.randn(count, 32, 32, 64)
+    some = x[:8]
+    return at_rate(fit(some, [torch.randn_like(some)], -1), float(bits)), x
+
+
+def _timed(family: str, bits: int, dtype: str, size: int, repeats: int) -> CpuRow:
     kind = DTYPES[dtype]
-    x, key = torch.randn(size // kind.itemsize).to(kind), torch.tensor([1, 2])
+    c, x = _subject(family, bits, size // kind.itemsize)
+    x, key = x.to(kind), torch.tensor([1, 2])
     payload = c.encode(x, key, 0)
     calls: dict[str, Callable[[], Tensor]] = {
         "clone": x.clone,
