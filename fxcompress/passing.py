@@ -108,6 +108,6 @@ def _pulled_back(
             made[step] = run.call_function(step.target, args, kwargs)
         return tuple(made[c.saved.forward] for c in views)
 
-    _, pull = torch.func.vjp(rebuilt, *(known[root] for root in roots))
-    found: tuple[Tensor, ...] = pull(tuple(derivatives[c.name] for c in views))
+    pulled: Any = torch.func.vjp(rebuilt, *(known[root] for root in roots))
+    found: tuple[Tensor, ...] = pulled[1](tuple(derivatives[c.name] for c in views))
     return tuple(each.detach() for each in found)

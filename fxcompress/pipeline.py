@@ -101,19 +101,20 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
     def _compress(self, cut: Cut) -> _Modules | None:
         """The two graphs of the plan, made from ``cut`` in place; None to leave all as it was."""
         found = plan_graph(cut, self.settings, self.ledger.reserved(), self.ledger.reserved_plain())
+        key = report.store(found.plan)
         if found.decision is None:
-            self._record(found.plan)
+            self._record(key, found.plan)
             return None
         planned = None if self.settings.replan_every is None else self._unchanged(found)
         rewritten = rewrite(
             found.cut,
             found.decision.choices,
-            report.store(found.plan),
+            key,
             channels_last=found.channels_last,
             inlines_mask=self._inlines_mask,
         )
         # Not earlier: what could not be carried out is no plan.
-        self._record(found.plan)
+        self._record(key, found.plan)
         self.planned = planned
         return rewritten.forward, rewritten.backward
 
@@ -131,15 +132,15 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
     def _declined(self, note: str) -> None:
         """Record a graph that is compiled as plain Inductor would, and why."""
         log.info("%s", note)
-        self._record(Plan(self.settings.policy, self.settings.budget_mb, (), 0, 0, note))
+        plan = Plan(self.settings.policy, self.settings.budget_mb, (), 0, 0, note)
+        self._record(report.store(plan), plan)
 
-    def _record(self, plan: Plan) -> str:
+    def _record(self, key: str, plan: Plan) -> None:
+        """Count a stored plan as one that is carried out."""
         log.info("%s", plan)
-        key = report.store(plan)
         self.ledger.record(key)
         self.plans[key] = None
         artefacts.show_plan(key, plan)
-        return key
 
 
 @dataclass(frozen=True)
