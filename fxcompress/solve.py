@@ -75,7 +75,9 @@ class _Task:
         return float(self.program.total(taken).max(initial=0.0))
 
     def allows(self, taken: Array) -> bool:
-        """The plan follows the rules and keeps to the limits."""
+        """The plan follows the rules, keeps to the limits and takes nothing that is excluded."""
+        if taken[self.excluded].any():
+            return False
         if self.limit is not None and self.limit[0] @ taken > self.limit[1]:
             return False
         if not _is_lawful(self.program, taken):
