@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 from fxcompress import report, rng, torch_private
 from fxcompress.automatic import automatic
 from fxcompress.errors import FxCompressError
-from fxcompress.pipeline import Partitioner, Planned
+from fxcompress.pipeline import Partitioner, Planned, Role, shares_a_budget
 from fxcompress.plan import Plan, merge
+from fxcompress.planner import Given
 from fxcompress.policies import policy
 from fxcompress.replan import Replanner
 from fxcompress.settings import Settings, make, split_options, update
+from fxcompress.whole import Graph, Whole
 
 log = logging.getLogger("fxcompress")
 
@@ -30,6 +32,7 @@ class Backend:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.partitioner = Partitioner(settings)
+        self.whole = Whole()
         self.plans: dict[str, None] = {}
         self.__name__ = "fxcompress"
 
@@ -59,6 +62,9 @@ class Backend:
         again_wanted = settings.replan_every is not None and all(
             isinstance(x, torch.Tensor) for x in inputs
         )
+        role = self._role(module, inputs, settings)
+        if role.is_part:
+            return self._compile_part(module, inputs, settings, mode, patches, role)
         kept = torch_private.copy_dynamo_graph(module) if again_wanted else module
         compiled, planned = self._compile(module, inputs, settings, mode, patches)
         if planned is None or not again_wanted:
@@ -76,6 +82,48 @@ class Backend:
 
         return _replanned(compiled, Replanner(kept, self.partitioner.settings, planned, again))
 
+    def _role(
+        self, module: torch.fx.GraphModule, inputs: Sequence[Any], settings: Settings
+    ) -> Role:
+        """Does the graph share a budget that the graphs' plans can be made for together?"""
+        if not (shares_a_budget(settings) and torch.is_grad_enabled()):
+            return Role()
+        if torch_private.job_store() is not None:  # ranks that plan anew would have to agree again
+            return Role()
+        if not all(isinstance(x, torch.Tensor) for x in inputs):
+            return Role()
+        is_early = torch_private.ends_in_break(module)
+        return Role(is_part=is_early or bool(self.whole.graphs), is_early=is_early)
+
+    def _compile_part(
+        self,
+        module: torch.fx.GraphModule,
+        inputs: Sequence[Any],
+        settings: Settings,
+        mode: str | None,
+        patches: dict[str, Any],
+        role: Role,
+    ) -> Callable[..., Any]:
+        """Compile one of several graphs that share the budget."""
+        frame, context = torch_private.compile_id(), torch_private.compile_under_way()
+        kept = torch_private.copy_dynamo_graph(module)
+        compiled, planned = self._compile(module, inputs, settings, mode, patches, role)
+        if planned is None:
+            return compiled
+        settings = self.partitioner.settings
+
+        def again(
+            inputs: Sequence[Any], given: Given, old: Planned
+        ) -> tuple[Callable[..., Any], Planned | None]:
+            self.plans.pop(old.plan.key(), None)
+            self.partitioner.ledger.forget(old.plan.key())
+            with torch_private.resumed(context):
+                fresh = torch_private.copy_dynamo_graph(kept)
+                part = Role(is_part=True, given=given)
+                return self._compile(fresh, inputs, settings, mode, patches, part)
+
+        return self.whole.add(Graph(settings, planned, compiled, again, role.is_early, frame))
+
     def _compile(
         self,
         module: torch.fx.GraphModule,
@@ -83,6 +131,7 @@ class Backend:
         settings: Settings,
         mode: str | None,
         patches: dict[str, Any],
+        role: Role = Role(),  # noqa: B008 (frozen)
     ) -> tuple[Callable[..., Any], Planned | None]:
         """(what runs, what was decided if that is to be made again)."""
         frame, ledger = torch_private.compile_id(), self.partitioner.ledger
@@ -94,7 +143,7 @@ class Backend:
             self.partitioner = Partitioner(settings, ledger)
         graph = report.graph_key(module, inputs, self.partitioner.key())
         self.partitioner.plans.clear()
-        self.partitioner.planned = None
+        self.partitioner.planned, self.partitioner.role = None, role
         try:
             if settings.inner == "aot_eager":
                 compiled = torch_private.compile_with_aot_eager(module, inputs, self.partitioner)
@@ -104,9 +153,11 @@ class Backend:
                     **torch_private.mode_options(mode),
                     **patches,
                 }
-                compiled = torch_private.compile_with_inductor(
-                    module, inputs, self.partitioner, patches
-                )
+                again = self.partitioner.plans_again
+                with torch_private.autograd_cache_off() if again else nullcontext():
+                    compiled = torch_private.compile_with_inductor(
+                        module, inputs, self.partitioner, patches
+                    )
         except FxCompressError as error:
             return _refusal(error), None
         if self.partitioner.plans:
@@ -161,6 +212,7 @@ class Backend:
     def reset(self) -> None:
         """Forget what was compiled (``torch._dynamo.reset`` calls this)."""
         self.partitioner = Partitioner(self.settings)
+        self.whole = Whole()
         self.plans.clear()
 
 

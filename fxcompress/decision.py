@@ -17,6 +17,7 @@ from fxcompress.settings import Settings
 # The model of the peak misses a few percent of what the allocator shows (ResNets: up to 4 %, a GPT:
 # up to 6 %; CPU, `fxcompress bench step`); plans stay this far below the budget.
 MARGIN = 1.1
+MODEST = 0.1  # of the budget: what a graph may save as it is while others are still to come
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,11 @@ def budget_of(plain: Baseline, settings: Settings) -> float | None:
     return settings.budget_bytes
 
 
-def reason_to_leave(plain: Baseline, settings: Settings) -> str:
+def reason_to_leave(plain: Baseline, settings: Settings, *, is_early: bool = False) -> str:
     """Why the graph stays as plain Inductor would have it; empty if it does not.
+
+    Args:
+        is_early: graphs that are not known yet will need what it leaves of the budget.
 
     Raises:
         SettingsError: the plan to follow is of another graph.
@@ -102,6 +106,8 @@ def reason_to_leave(plain: Baseline, settings: Settings) -> str:
     budget = budget_of(plain, settings)
     margin = MARGIN if settings.ratio is None else 1.0  # a share of this very figure
     if budget is None or settings.overrides or plain.peak * margin > budget:
+        return ""
+    if is_early and settings.ratio is None and plain.saved_bytes > MODEST * budget:
         return ""
     return f"plain Inductor needs {plain.peak / 1e6:.1f} MB, within the budget"
 

@@ -21,9 +21,10 @@ from fxcompress.costs import added_seconds, rates, step_seconds
 from fxcompress.decision import MARGIN
 from fxcompress.errors import BudgetError, FxCompressError, SettingsError
 from fxcompress.evidence import Calibration
+from fxcompress.joint import Part, plan_together
 from fxcompress.passes.analyse import analyse
 from fxcompress.passes.capture import Cut, pair
-from fxcompress.pipeline import Planned, plan_graph
+from fxcompress.pipeline import Planned, Role, plan_graph, shares_a_budget
 from fxcompress.plan import Plan, merge
 from fxcompress.settings import Settings, make
 
@@ -208,13 +209,26 @@ class _Plans:
 
 
 def _plans(cuts: Sequence[Cut], settings: Settings) -> _Plans:
-    """Every graph's plan, in order; each leaves the others what it does not keep saved."""
+    """Every graph's plan, as compiles make them: one by one, then together."""
+    is_part = len(cuts) > 1 and shares_a_budget(settings)
     found: list[Planned] = []
-    for cut in cuts:
-        reserved = sum(g.plan.saved_bytes for g in found)
-        reserved_plain = sum(g.plan.saved_bytes_before for g in found)
-        found.append(plan_graph(cut.copy(), settings, reserved, reserved_plain))
+    for i, cut in enumerate(cuts):
+        role = Role(is_part, is_early=is_part and i + 1 < len(cuts))
+        found.append(plan_graph(cut.copy(), settings, *_others(found), role))
+    if not is_part:
+        return _Plans(tuple(found))
+    given = plan_together([Part(each, settings) for each in found])
+    for i, (cut, choices) in enumerate(zip(cuts, given, strict=True)):
+        if choices is not None:
+            role = Role(is_part, given=choices)
+            found[i] = plan_graph(cut.copy(), settings, *_others(found[:i]), role)
     return _Plans(tuple(found))
+
+
+def _others(before: Sequence[Planned]) -> tuple[int, int]:
+    """Bytes that graphs keep saved meanwhile: as planned, and under plain Inductor."""
+    plans = [each.plan for each in before]
+    return sum(p.saved_bytes for p in plans), sum(p.saved_bytes_before for p in plans)
 
 
 def _smallest(cuts: Sequence[Cut], settings: Settings) -> float | None:

@@ -4,7 +4,8 @@ Time runs over the nodes of the forward, then of the backward, in graph order. A
 if Inductor must write it to memory: calls that do not fuse (matrix products, convolutions, our
 codecs), reductions, outputs, and pointwise results that such a call reads or that are read on both
 sides of one. Everything else lives in registers of a fused loop, and whatever it reads stays alive
-until the loop runs. Parameters, their gradients and the step's inputs are not counted.
+until the loop runs. Parameters, their gradients and the step's inputs are not counted, but inputs
+that get a gradient are: activations of the graph before.
 
 Each saved tensor contributes by its representation: kept, its bytes from birth to its last reader;
 coded, its bytes until the last forward reader, the payload from there to the last decode, and a
@@ -172,7 +173,9 @@ def timeline(
         first = step.end_forward + 1 if node.op == "placeholder" else step.birth(node)
         base[first : last + 1] += _bytes(node)
 
-    base += others * _saved_inputs(cut)
+    for node, saved_as in _incoming(cut).items():
+        last = max([step.last[node], *(step.last[n] for n in saved_as)])
+        base += step.span(0, last, _bytes(node)) + others * _bytes(node) * bool(saved_as)
     plain_extra = np.zeros_like(base)
     if channels_last:
         base += _layout_copies(step)
@@ -233,15 +236,17 @@ def timeline(
     )
 
 
-def _saved_inputs(cut: Cut) -> int:
-    """Bytes of activations that come in from another graph and are saved as they are."""
+def _incoming(cut: Cut) -> dict[fx.Node, list[fx.Node]]:
+    """Activations of the graph before, each with the backward's placeholders for it."""
     gradients = output_args(cut.backward)
-    inputs = {
-        node
+    return {
+        node: [s.backward for s in cut.saved if prop.storage_root(s.forward) is node]
         for i, node in enumerate(placeholders(cut.forward))
-        if i not in cut.static_inputs and i < len(gradients) and gradients[i] is not None
+        if i not in cut.static_inputs
+        and i < len(gradients)
+        and gradients[i] is not None
+        and prop.is_tensor(node)
     }
-    return sum(_bytes(n) for n in {prop.storage_root(s.forward) for s in cut.saved} & inputs)
 
 
 def _rebuilt(

@@ -27,7 +27,7 @@ from fxcompress.passes.rebase import rebase
 from fxcompress.passes.recompute import recompute
 from fxcompress.passes.rewrite import KEEP, rewrite
 from fxcompress.plan import Plan
-from fxcompress.planner import make_plan
+from fxcompress.planner import Given, make_plan
 from fxcompress.policies import policy
 from fxcompress.settings import Settings
 
@@ -43,7 +43,9 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         settings: what the user asked for.
         ledger: saved bytes of the model's other graphs, which count against the same budget.
         plans: plan of each graph partitioned by this instance, by plan key.
-        planned: what was decided last, where plans are to be made again (``replan_every``).
+        planned: what was decided last, where plans are to be made again (``replan_every``, or
+            several graphs under one budget).
+        role: of the graph that is partitioned next.
     """
 
     def __init__(self, settings: Settings, ledger: Ledger | None = None) -> None:
@@ -51,6 +53,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         self.ledger = ledger or Ledger(repeats=settings.repeats)
         self.plans: dict[str, None] = {}
         self.planned: Planned | None = None
+        self.role = Role()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Partitioner:
         return self  # Inductor copies its settings, this one among them, to make a cache key,
@@ -63,7 +66,12 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
 
         None, and nothing is cached, where plans are to be made again: that takes the graphs.
         """
-        return None if self.settings.replan_every else self.key()
+        return None if self.plans_again else self.key()
+
+    @property
+    def plans_again(self) -> bool:
+        """Graphs are partitioned anew in every process (torch_private.autograd_cache_off)."""
+        return self.settings.replan_every is not None or self.role.is_part
 
     def key(self) -> str:
         """A plan follows from the joint graph and from these."""
@@ -100,12 +108,15 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
 
     def _compress(self, cut: Cut) -> _Modules | None:
         """The two graphs of the plan, made from ``cut`` in place; None to leave all as it was."""
-        found = plan_graph(cut, self.settings, self.ledger.reserved(), self.ledger.reserved_plain())
+        reserved, plain = self.ledger.reserved(), self.ledger.reserved_plain()
+        found = plan_graph(cut, self.settings, reserved, plain, self.role)
         key = report.store(found.plan)
+        again = self.plans_again and (found.decision is not None or self.role.is_part)
+        planned = self._unchanged(found) if again else None
         if found.decision is None:
             self._record(key, found.plan)
+            self.planned = planned
             return None
-        planned = None if self.settings.replan_every is None else self._unchanged(found)
         rewritten = rewrite(
             found.cut,
             found.decision.choices,
@@ -144,6 +155,28 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
+class Role:
+    """What a graph is within its model.
+
+    Attributes:
+        is_part: others share the budget with it, and their plans will be made together.
+        is_early: others will come after it: until they are known it leaves them what it can.
+        given: its choices, if they are made.
+    """
+
+    is_part: bool = False
+    is_early: bool = False
+    given: Given | None = None
+
+
+def shares_a_budget(settings: Settings) -> bool:
+    """Graphs of one model are to be planned together: one bound, and a plan that is solved for."""
+    is_bounded = settings.budget_mb is not None or settings.ratio is not None
+    solves = policy(settings.policy).solves and settings.plan is None
+    return is_bounded and solves and settings.replan_every is None
+
+
+@dataclass(frozen=True)
 class Planned:
     """What is to become of one graph.
 
@@ -152,7 +185,7 @@ class Planned:
         decision: None where the graph is left as it was.
         plan: for the report.
         channels_last: Inductor will lay feature maps out with channels fastest.
-        candidates: its saved tensors; empty where it is left as it was.
+        candidates: its saved tensors; empty where it is left as it was for good.
         plain: what plain Inductor needs.
         reserved: bytes that the model's other graphs keep saved meanwhile.
     """
@@ -166,11 +199,18 @@ class Planned:
     reserved: int
 
 
-def plan_graph(cut: Cut, settings: Settings, reserved: int = 0, reserved_plain: int = 0) -> Planned:
+def plan_graph(
+    cut: Cut,
+    settings: Settings,
+    reserved: int = 0,
+    reserved_plain: int = 0,
+    role: Role = Role(),
+) -> Planned:
     """Plan one graph, changing ``cut``.
 
     Args:
         reserved, reserved_plain: see :func:`fxcompress.decision.baseline`.
+        role: of the graph within its model.
 
     Raises:
         BudgetError: no plan keeps the step's peak under the budget.
@@ -179,6 +219,8 @@ def plan_graph(cut: Cut, settings: Settings, reserved: int = 0, reserved_plain: 
     lays_out = settings.inner == "inductor"
     channels_last = lays_out and torch_private.prefers_channels_last(cut.forward)
     cut = rebase(cut)
+    if role.given is not None:
+        reserved = role.given.reserved
     others = (reserved, reserved_plain)
     plain = baseline(
         cut, settings.min_bytes, *others, channels_last=channels_last, repeats=settings.repeats
@@ -188,11 +230,14 @@ def plan_graph(cut: Cut, settings: Settings, reserved: int = 0, reserved_plain: 
         log.info("%s", note)
         empty = Plan(settings.policy, settings.budget_mb, (), 0, 0, note)
         return Planned(cut, None, empty, channels_last, (), plain, reserved)
-    if note := reason_to_leave(plain, settings):
-        plan = describe(leave_alone(plain, note), plain, settings)
-        return Planned(cut, None, plan, channels_last, (), plain, reserved)
+    note = "" if role.given else reason_to_leave(plain, settings, is_early=role.is_early)
+    left = describe(leave_alone(plain, note), plain, settings) if note else None
+    if left is not None and not role.is_part:
+        return Planned(cut, None, left, channels_last, (), plain, reserved)
     cut = exact_pieces(recompute(cut, settings.min_bytes))
     candidates = analyse(cut, settings.min_bytes, channels_last=channels_last)
+    if left is not None:
+        return Planned(cut, None, left, channels_last, candidates, plain, reserved)
     evidence = _evidence(cut, settings)
     decision = make_plan(
         cut,
@@ -202,6 +247,8 @@ def plan_graph(cut: Cut, settings: Settings, reserved: int = 0, reserved_plain: 
         reserved,
         channels_last=channels_last,
         evidence=evidence,
+        is_early=role.is_early,
+        given=role.given,
     )
     choices = lowered(decision.choices, settings.lowering)
     decision = replace(decision, choices=choices)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -45,7 +45,23 @@ from fxcompress.solve import (
 log = logging.getLogger("fxcompress")
 
 DEFAULT_BITS = 4  # "auto" with neither budget nor ratio
+MEANWHILE = 0.05  # noise that a graph may have until those after it are known
 MOMENTS = 400  # of the timeline that a plan carries
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a graph is to become, decided for all graphs of a model together (see joint.py).
+
+    Attributes:
+        choices: for its candidates, whose names tell which.
+        reserved: bytes that the other graphs will keep saved meanwhile.
+        gap: see Solution.
+    """
+
+    choices: tuple[Choice, ...]
+    reserved: int
+    gap: float | None
 
 
 def make_plan(
@@ -57,6 +73,8 @@ def make_plan(
     *,
     channels_last: bool = False,
     evidence: Mapping[str, TensorEvidence] | None = None,
+    is_early: bool = False,
+    given: Given | None = None,
 ) -> Decision:
     """Decide for every candidate.
 
@@ -68,6 +86,8 @@ def make_plan(
         reserved: bytes that other graphs of the model keep saved meanwhile.
         channels_last: Inductor will lay feature maps out with channels fastest.
         evidence: what calibration measured, by tensor name.
+        is_early: other graphs of the model are still to come.
+        given: what was decided for it already.
 
     Raises:
         BudgetError: the budget is below what the policy can reach.
@@ -76,14 +96,19 @@ def make_plan(
     memory = timeline(cut, candidates, channels_last=channels_last, repeats=settings.repeats)
     clock = clock_of(cut, plain.candidates) if policy(settings.policy).solves else None
     ladders, fixed = weighed(candidates, plain, settings, evidence, clock)
-    solved = _solved(ladders, plain, settings, memory, reserved, evidence)
+    if given is not None:
+        of = {c.candidate.name: c for c in given.choices}
+        chosen = tuple(replace(of[c.name], candidate=c) for c in candidates)
+        solved: Solution | None = Solution(chosen, given.gap, 0.0)
+    else:
+        solved = _solved(ladders, plain, settings, memory, reserved, evidence, is_early=is_early)
     if solved is None:
         choices = _followed(candidates, plain, settings, ladders, fixed, evidence)
     else:
         choices = solved.choices
     planned = memory.peak(choices) + reserved
     budget = budget_of(plain, settings)
-    if budget is not None and planned * MARGIN > budget + 1:
+    if given is None and budget is not None and planned * MARGIN > budget + 1:
         raise _infeasible(ladders, choices, settings, memory, reserved, budget)
     return Decision(
         choices,
@@ -234,6 +259,8 @@ def _solved(
     memory: Timeline,
     reserved: int,
     evidence: Mapping[str, TensorEvidence] | None,
+    *,
+    is_early: bool,
 ) -> Solution | None:
     """The least noisy choices within the bound that was set, the smallest if none are; None where
     no bound was set or other choices are to be followed."""
@@ -242,15 +269,18 @@ def _solved(
     program = build(ladders, memory)
     budget = budget_of(plain, settings)
     if budget is not None:
-        return least_noise(program, peak=budget / MARGIN - reserved) or least_peak(program)
+        peak = budget / MARGIN - reserved
+        smallest = least_saved(program, peak=peak, noise=MEANWHILE) if is_early else None
+        return smallest or least_noise(program, peak=peak) or least_peak(program)
     if settings.noise_ceiling is not None:
         return _least_peak_at(settings, program, evidence)
     assert settings.ratio_saved is not None
     found = least_noise(program, saved=plain.saved_bytes / settings.ratio_saved)
     if found is None:
-        smallest = least_saved(program).choices
-        masks = mask_bytes(smallest)
-        ratio = plain.saved_bytes / sum(bytes_of(c, masks) for c in smallest)
+        lowest = least_saved(program)
+        assert lowest is not None  # nothing else is asked of it
+        masks = mask_bytes(lowest.choices)
+        ratio = plain.saved_bytes / sum(bytes_of(c, masks) for c in lowest.choices)
         raise BudgetError(
             f"ratio_saved={settings.ratio_saved:g} is out of reach: this model's saved bytes "
             f"shrink by {ratio:.1f} at most; ask for ratio_saved={ratio:.1f} or less"

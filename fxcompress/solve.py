@@ -145,14 +145,23 @@ def least_peak(
     return replace(quieter, gap=best.gap)
 
 
-def least_saved(program: Program, seconds: float = SECONDS) -> Solution:
-    """Choices that save the fewest bytes."""
-    nothing = np.zeros(len(program.sizes), bool)
+def least_saved(
+    program: Program,
+    peak: float | None = None,
+    noise: float | None = None,
+    seconds: float = SECONDS,
+) -> Solution | None:
+    """Choices that save the fewest bytes, within ``peak`` bytes at every position and with at most
+    this much noise in all; None if there are none."""
+    limit = None if noise is None else (program.noise, noise * (1 + 1e-9))
+    too_noisy = np.zeros(len(program.sizes), bool) if noise is None else program.noise > noise
     deadline = time.monotonic() + seconds
-    found = _minimise(_Task(program, program.sizes, None, None, nothing, deadline), None)
-    if found.taken is None:
-        raise FxCompressError("the solver found no plan at all; please report this model")
-    return _solution(program, found)
+    found = _minimise(_Task(program, program.sizes, limit, peak, too_noisy, deadline), None)
+    if found.taken is not None:
+        return _solution(program, found)
+    if found.infeasible or peak is not None or noise is not None:
+        return None
+    raise FxCompressError("the solver found no plan at all; please report this model")
 
 
 def _minimise(task: _Task, start: Array | None) -> _Found:

@@ -504,6 +504,18 @@ def compile_with_inductor(
     return compiled  # type: ignore[no-any-return]
 
 
+def autograd_cache_off() -> AbstractContextManager[None]:
+    """Inside, AOTAutograd takes no graph from its on-disk cache: the partitioner is called.
+
+    `torch._functorch.config.enable_autograd_cache` (2.4 to 2.15). A `uuid()` of None does not see
+    to it (2.14): it is a key like any other.
+    """
+    from torch._functorch import config
+
+    patched: AbstractContextManager[None] = config.patch(enable_autograd_cache=False)
+    return patched
+
+
 def copy_dynamo_graph(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """A copy of the graph, its constants shared, that AOTAutograd still takes for one of Dynamo's.
 
@@ -666,6 +678,15 @@ def compile_id() -> tuple[object, object] | None:
 
     current = CompileContext.current_compile_id()
     return None if current is None else (current.frame_id, current.frame_compile_id)
+
+
+def ends_in_break(module: torch.fx.GraphModule) -> bool:
+    """The Dynamo graph ends where the user's function goes on: another one may follow.
+
+    `compile_subgraph_reason.graph_break` (2.1 to 2.15).
+    """
+    reason = getattr(module, "compile_subgraph_reason", None)
+    return bool(getattr(reason, "graph_break", False))
 
 
 def job_store() -> Any:

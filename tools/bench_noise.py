@@ -25,9 +25,9 @@ from fxcompress.errors import SettingsError
 from fxcompress.evidence import Calibration, signature
 from fxcompress.ladder import hedges, ladder
 from fxcompress.passes.analyse import analyse
-from fxcompress.passes.rewrite import Choice, rewrite
+from fxcompress.passes.rewrite import RECOMPUTE, Choice, rewrite
 from fxcompress.peak import timeline
-from fxcompress.planner import tie_storages
+from fxcompress.planner import tie_storages, with_passes
 from fxcompress.policies import Situation, policy
 from fxcompress.record import Recording, gradients
 from fxcompress.sensitivity import Sensitivity, price, sensitivity
@@ -213,8 +213,10 @@ def _solved(recording: Recording, calibration: Calibration, limit: float) -> tup
         for c in recording.candidates
     ]
     memory = timeline(recording.cut, recording.candidates, channels_last=recording.channels_last)
-    program = build(ladders, memory)
-    return (least_noise(program, saved=limit) or least_saved(program)).choices
+    program = build(with_passes(recording.candidates, ladders, evidence), memory)
+    found = least_noise(program, saved=limit) or least_saved(program)
+    assert found is not None  # nothing else is asked of it
+    return found.choices
 
 
 def _share(recording: Recording, recordings: Sequence[Recording]) -> float:
@@ -251,10 +253,13 @@ def _measure(
     predicted = 0.0
     for found, choices in zip(sensitivities, chosen, strict=True):
         specs = {c.candidate.name: c.codec_spec for c in choices}
+        rebuilt = {c.candidate.name for c in choices if c.representation == RECOMPUTE}
         for tensor in found.tensors:
             spec = specs.get(tensor.candidate.name)
             if spec is not None and tensor.weights is not None:
-                predicted += price(tensor, spec, 1.0).variance
+                through = found.passed.get(tensor.candidate.name, {})
+                again = sum(share for first, share in through.items() if first in rebuilt)
+                predicted += (1 + again) * price(tensor, spec, 1.0).variance
     return Row(
         saved_mb=sum(map(_saved, chosen)) / MB,
         grad_variance=variance / norm,

@@ -1,0 +1,79 @@
+"""Graphs that share a budget: one program for all of them."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxcompress.joint import Part, merged, plan_together
+from fxcompress.ladder import ladder
+from fxcompress.pareto import trace
+from fxcompress.peak import timeline
+from fxcompress.pipeline import Role, plan_graph
+from fxcompress.program import Program, build
+from fxcompress.settings import make
+
+ROWS = 1024
+
+
+class Thirds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU())
+            for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = self.parts
+        x = first(x)
+        torch._dynamo.graph_break()
+        x = second(x)
+        torch._dynamo.graph_break()
+        return third(x).square().mean()
+
+
+@pytest.fixture(scope="module")
+def programs() -> list[Program]:
+    settings = make(policy="uniform4", inner="aot_eager")
+    found = []
+    for cut in trace(Thirds(), torch.randn(ROWS, 32)):
+        planned = plan_graph(cut.copy(), settings, role=Role(is_part=True))
+        ladders = [ladder(c, settings.group, None, None, 1.0) for c in planned.candidates]
+        found.append(build(ladders, timeline(planned.cut, planned.candidates, channels_last=False)))
+    return found
+
+
+def test_what_a_graph_saves_is_alive_in_those_after_it(programs: list[Program]) -> None:
+    whole = merged(programs)
+    draw = np.random.default_rng(0)
+    for _ in range(10):
+        taken, totals, saved = np.zeros(len(whole.sizes)), [], []
+        place = 0  # options of all programs come first, in order
+        for program in programs:
+            own = np.zeros(len(program.sizes))
+            ends = [*program.starts[1:], len(program.options)]
+            for start, end in zip(program.starts, ends, strict=True):
+                own[draw.integers(start, end)] = 1
+            taken[place : place + len(program.options)] = own[: len(program.options)]
+            place += len(program.options)
+            totals.append(program.total(own))
+            saved.append(float(program.sizes @ own))
+        held = [0.0, *accumulate(saved[:-1])]
+        expected = np.concatenate([t + h for t, h in zip(totals, held, strict=True)])
+        assert np.allclose(whole.total(taken), expected)
+
+
+def test_an_ample_budget_changes_nothing() -> None:
+    settings = make(budget_mb=1000, inner="aot_eager")
+    cuts = trace(Thirds(), torch.randn(ROWS, 32))
+    parts = [
+        Part(plan_graph(cut, settings, role=Role(is_part=True, is_early=True)), settings)
+        for cut in cuts
+    ]
+    assert all(part.planned.decision is None for part in parts)
+    assert plan_together(parts) == [None] * len(parts)
