@@ -9,6 +9,7 @@ from fxcompress.choose import bytes_of, mask_bytes
 from fxcompress.codecs import codec
 from fxcompress.decision import Baseline, Decision
 from fxcompress.evidence import TensorEvidence
+from fxcompress.ladder import cost
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.rewrite import KEEP, RECOMPUTE, Choice
@@ -35,9 +36,12 @@ def describe(
     before = {c.name: c.storage_bytes for c in plain.candidates}
     kept = _why_kept(settings.policy)
 
+    noises = {n: _noise_of(c, decision, (evidence or {}).get(n)) for n, c in chosen.items()}
+
     def row(name: str, size: int) -> TensorPlan:
-        found = _row(chosen[name], masks, size, decision.ladders.get(name, ()), kept)
-        return _with_noise_of_roots(found, chosen, decision)
+        options = decision.ladders.get(name, ())
+        found = _row(chosen[name], masks, size, noises[name], options, kept)
+        return _with_noise_of_roots(found, noises, decision)
 
     rows = [
         row(c.name, c.storage_bytes) if c.name in chosen else _rebuilt(c) for c in plain.candidates
@@ -65,25 +69,26 @@ def _why_kept(name: str) -> str:
     return f"read for its values, which policy {name} leaves as they are"
 
 
-def _noise_of(choice: Choice, options: Sequence[Option]) -> float | None:
-    """What the planner took the choice to add; None for a codec that is not on its ladder."""
-    if choice.codec_spec is None or codec(choice.codec_spec).lossless:
+def _noise_of(choice: Choice, decision: Decision, evidence: TensorEvidence | None) -> float | None:
+    """What the choice adds, as the planner took it or as measured; None if nobody weighed it."""
+    spec = choice.codec_spec
+    if spec is None or codec(spec).lossless:
         return 0.0
-    return next(
-        (o.noise for o in options if o.choice.representation == choice.representation), None
-    )
+    options = decision.ladders.get(choice.candidate.name, ())
+    on_ladder = (o.noise for o in options if o.choice.representation == choice.representation)
+    measured = evidence.prices.get(spec) if evidence is not None else None
+    # A policy may take a codec that others beat in both bytes and noise.
+    return next(on_ladder, None if measured is None else cost(measured))
 
 
 def _with_noise_of_roots(
-    row: TensorPlan, chosen: Mapping[str, Choice], decision: Decision
+    row: TensorPlan, known_noises: Mapping[str, float | None], decision: Decision
 ) -> TensorPlan:
     """What noise of coded tensors does through one that is rebuilt from them."""
     if row.representation != RECOMPUTE:
         return row
     passes = [p for o in decision.ladders.get(row.name, ()) for p in o.passes]
-    noises = [
-        (share, _noise_of(chosen[root], decision.ladders.get(root, ()))) for root, share in passes
-    ]
+    noises = [(share, known_noises[root]) for root, share in passes]
     known = [share * noise for share, noise in noises if noise is not None]
     return replace(row, predicted_variance=sum(known) if len(known) == len(noises) else None)
 
@@ -97,7 +102,7 @@ def _with_bias(row: TensorPlan, evidence: TensorEvidence | None) -> TensorPlan:
 
 
 def _rebuilt(candidate: Candidate) -> TensorPlan:
-    row = _row(Choice(candidate, KEEP), {}, candidate.storage_bytes)
+    row = _row(Choice(candidate, KEEP), {}, candidate.storage_bytes, 0.0)
     steps = f"{len(candidate.recompute)} steps" if candidate.recompute else "pointwise steps"
     reason = f"rebuilt by {steps} from another saved tensor"
     return replace(row, representation=RECOMPUTE, bytes_after=0, reason=reason)
@@ -107,6 +112,7 @@ def _row(
     choice: Choice,
     masks: dict[str, int],
     before: int,
+    noise: float | None,
     options: Sequence[Option] = (),
     why_kept: str = "",
 ) -> TensorPlan:
@@ -127,7 +133,7 @@ def _row(
         representation=choice.representation,
         bytes_after=bytes_of(choice, masks),
         reason=choice.reason or (why_kept if choice.representation == KEEP else ""),
-        predicted_variance=_noise_of(choice, options),
+        predicted_variance=noise,
         lowering=choice.lowering,
         alternatives=tuple(
             Alternative(o.choice.representation, bytes_of(o.choice, {}), o.noise) for o in options

@@ -37,7 +37,11 @@ WEIGHTING = "plain"
 FAINT = 1e-4  # of the mean square of all elements
 
 _MAKES_ANEW = re.compile(r"::(new_|.*_like$)")  # values do not matter to these
-_NO_DERIVATIVE = re.compile(r"derivative for '?([\w:.]+)'? is not implemented")
+# PyTorch's own operators, and those of torch.library.custom_op.
+_NO_DERIVATIVE = re.compile(
+    r"derivative for '?([\w:.]+)'? is not implemented"
+    r"|backward through ([\w:.]+) but no autograd formula was registered"
+)
 
 
 @dataclass(frozen=True)
@@ -215,11 +219,26 @@ def _pullback(
         outputs = run.run(*[leaves.get(name, fixed[name]) for name in order])
         return [outputs[i] for i in wanted]
 
-    leaves = {name: fixed[name] for name in names}
+    def pull() -> tuple[list[Tensor], Callable[[list[Tensor]], dict[str, Tensor]]]:
+        """Not by torch.func, whose transforms refuse operators of torch.library.custom_op."""
+        leaves = {name: fixed[name].detach().requires_grad_() for name in names}
+        with torch.enable_grad():
+            gradient = backward(leaves)
 
-    def pull() -> tuple[list[Tensor], Callable[..., Any]]:
-        found: Any = torch.func.vjp(backward, leaves)
-        return found[0], found[1]
+        def product(signs: list[Tensor]) -> dict[str, Tensor]:
+            reached = [(g, s) for g, s in zip(gradient, signs, strict=True) if g.requires_grad]
+            if not leaves or not reached:
+                return {name: torch.zeros_like(x) for name, x in leaves.items()}
+            outputs, given = zip(*reached, strict=True)
+            found = torch.autograd.grad(
+                outputs, list(leaves.values()), given, retain_graph=True, allow_unused=True
+            )
+            return {
+                name: torch.zeros_like(leaf) if w is None else w
+                for (name, leaf), w in zip(leaves.items(), found, strict=True)
+            }
+
+        return gradient, product
 
     gradient, pullback = pull()
 
@@ -227,13 +246,14 @@ def _pullback(
         nonlocal pullback
         while True:
             try:
-                (found,) = pullback(signs, retain_graph=True)
+                found = pullback(signs)
             except RuntimeError as error:
                 missing = _NO_DERIVATIVE.search(str(error))
-                if missing is None or _schema_name(missing[1]) in opaque:
+                name = missing and _schema_name(missing[1] or missing[2])
+                if name is None or name in opaque:
                     raise
-                log.info("no derivative of %s: what leads to it is perturbed", missing[1])
-                opaque.add(_schema_name(missing[1]))
+                log.info("no derivative of %s: what leads to it is perturbed", name)
+                opaque.add(name)
                 _, pullback = pull()
                 continue
             return {k: v.detach() for k, v in found.items() if _is_priced(recording, k, opaque)}
@@ -272,8 +292,10 @@ def _operator(target: Any) -> str:
 
 
 def _schema_name(name: str) -> str:
-    """Of an operator as PyTorch's message has it."""
-    return name if "::" in name else f"aten::{name}"
+    """Of an operator as PyTorch's messages have it: `f`, `library::f` or `library.f.overload`."""
+    if "::" in name:
+        return name
+    return "::".join(name.split(".")[:2]) if "." in name else f"aten::{name}"
 
 
 def _is_priced(recording: Recording, name: str, opaque: set[str]) -> bool:

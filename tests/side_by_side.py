@@ -87,7 +87,10 @@ class SideBySide:
     def __init__(
         self, exact: Settings, lossy: Settings, *, draws: int = 1, predict: bool = False
     ) -> None:
-        self.settings = {"exact": exact, "lossy": lossy}
+        # Without Inductor nothing lays tensors out anew: payloads must keep the strides of the
+        # plain graph, or a sum that follows adds up in another order.
+        given = {"exact": exact, "lossy": lossy}
+        self.settings = {name: replace(s, inner="aot_eager") for name, s in given.items()}
         self.draws, self.predict = draws, predict
         self.graphs: list[Graph] = []
 
