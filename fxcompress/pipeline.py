@@ -21,6 +21,7 @@ from fxcompress.lifetimes import located
 from fxcompress.lowering import lowered, of_mask
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate, analyse
+from fxcompress.passes.booleans import masks_as_bytes
 from fxcompress.passes.capture import CaptureError, Cut, pair
 from fxcompress.passes.pieces import exact_pieces
 from fxcompress.passes.rebase import rebase
@@ -124,6 +125,8 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
             channels_last=found.channels_last,
             inlines_mask=self._inlines_mask,
         )
+        if self.settings.inner == "inductor":
+            masks_as_bytes(rewritten)
         # Not earlier: what could not be carried out is no plan.
         self._record(key, found.plan)
         self.planned = planned
