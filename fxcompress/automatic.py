@@ -24,7 +24,7 @@ from fxcompress.agree import agreed
 from fxcompress.calibrate import evidence_of
 from fxcompress.evidence import Calibration
 from fxcompress.policies import policy
-from fxcompress.record import Recorder
+from fxcompress.record import Recorder, Recording
 from fxcompress.settings import Settings
 
 log = logging.getLogger("fxcompress")
@@ -34,11 +34,14 @@ PART = 8  # of the batch: an uncompressed step and its double backward then take
 HELD = 6.0
 
 
+Step = tuple[Recording, ...]  # one of a part of the batch
+
+
 def automatic(
     module: fx.GraphModule, inputs: Sequence[Any], settings: Settings, graph: str
-) -> Calibration | None:
-    """A calibration for one Dynamo graph on its first inputs; None, with a reason logged, if there
-    can be none.
+) -> tuple[Calibration | None, Step]:
+    """A calibration for one Dynamo graph on its first inputs, and the step it was made on, if one
+    was recorded; None, with a reason logged, if there can be none.
 
     Args:
         module, inputs: as Dynamo passes them.
@@ -49,7 +52,7 @@ def automatic(
     solves = asked.solves and settings.is_bounded and settings.plan is None
     wanted = asked.calibrated or solves
     if not wanted or settings.calibration is not None or not _is_trained(inputs):
-        return None
+        return None, ()
     alone = torch_private.job_store() is None
     if not alone and _communicates(module, inputs):
         # Ranks that have one stored would leave the others waiting in a collective.
@@ -57,28 +60,54 @@ def automatic(
             "no calibration on the first batch of a graph with collectives: pass "
             "calibration=fxcompress.calibrate(model, batch), made before the model was distributed"
         )
-        return None
+        return None, ()
+    steps: list[Step] = []
     found = report.recall_calibration(graph)
     if found is not None and alone:
-        return found
-    found = found or _attempt(module, inputs, settings)
+        return found, ()
+    if found is None:
+        found, steps = _attempt(module, inputs, settings)
     if not alone:
         text = agreed(f"calibration-{graph}", "" if found is None else found.to_json())
         found = Calibration.from_json(text) if text else None
     if found is not None:
         report.remember_calibration(graph, found)
-    return found
+    return found, steps[-1] if steps else ()
+
+
+def record_part(module: fx.GraphModule, inputs: Sequence[Any], settings: Settings) -> Step:
+    """A step of a part of the batch, run op by op; nothing, with a reason logged, if it cannot be
+    or if the loss is outside the graph: measurements were made with its real gradients.
+
+    Args:
+        module, inputs: as Dynamo passes them; while a compile is under way, or not.
+    """
+    if torch_private.job_store() is not None:  # ranks would have to agree on what they see
+        return ()
+    try:
+        with torch_private.outside_compile(), torch.enable_grad():
+            if not _is_trained(inputs):
+                return ()
+            slices = slices_of_batch(module, inputs, PART)
+            if slices is None or not _ends_in_loss(slices):
+                return ()
+            steps = record_slices(slices, settings)
+    except Exception as error:  # never the reason why a training does not start
+        log.info("the plan is not tried on the first batch: %s", error)
+        return ()
+    return steps[-1] if steps else ()
 
 
 def _attempt(
     module: fx.GraphModule, inputs: Sequence[Any], settings: Settings
-) -> Calibration | None:
+) -> tuple[Calibration | None, list[Step]]:
     try:
-        with torch_private.outside_compile():
-            return _measured(module, inputs, settings)
+        with torch_private.outside_compile(), torch.random.fork_rng():
+            steps = _recorded(module, inputs, settings)
+            return (evidence_of(*steps, group=settings.group) if steps else None), steps
     except Exception as error:  # never the reason why a training does not start
         log.warning("no calibration on the first batch, plans are made by guesses: %s", error)
-        return None
+        return None, []
 
 
 def _communicates(module: fx.GraphModule, inputs: Sequence[Any]) -> bool:
@@ -94,23 +123,21 @@ def _is_trained(inputs: Sequence[Any]) -> bool:
     return real and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _measured(
-    module: fx.GraphModule, inputs: Sequence[Any], settings: Settings
-) -> Calibration | None:
+def _recorded(module: fx.GraphModule, inputs: Sequence[Any], settings: Settings) -> list[Step]:
     if settings.budget_bytes is None:
         slices = slices_of_batch(module, inputs, PART) or slices_of_batch(module, inputs, 1)
         assert slices is not None
-        return measured_on(slices, settings)
+        return record_slices(slices, settings) or []
     for part in (PART, 4 * PART):
         slices = slices_of_batch(module, inputs, part)
         if slices is None:
             log.info("the batch cannot be taken in part; give fxcompress.calibrate a smaller one")
-            return None
-        found = measured_on(slices, settings)
+            return []
+        found = record_slices(slices, settings)
         if found is not None:
             return found
     log.info("the budget leaves no room to calibrate; see fxcompress.calibrate")
-    return None
+    return []
 
 
 @dataclass(frozen=True)
@@ -171,9 +198,22 @@ def measured_on(
     """The calibration that these parts of a batch give; None where the budget leaves no room.
 
     Args:
+        gradients: see :func:`record_slices`.
+        used: see :func:`fxcompress.calibrate.evidence_of`.
+    """
+    with torch.random.fork_rng():
+        steps = record_slices(slices, settings, gradients)
+        return None if steps is None else evidence_of(*steps, group=settings.group, used=used)
+
+
+def record_slices(
+    slices: Slices, settings: Settings, gradients: Mapping[int, Tensor] | None = None
+) -> list[Step] | None:
+    """A step of each part; None where the budget leaves no room to measure on one.
+
+    Args:
         gradients: of the graph's outputs for the whole batch, by position. A loss outside the graph
             sends gradients that cannot be known before the first step: random directions.
-        used: see :func:`fxcompress.calibrate.evidence_of`.
     """
     # What is small in a part is what is small in the batch: else other tensors are rebuilt.
     recorder = Recorder(int(settings.min_bytes * slices.share), settings.inner)
@@ -196,7 +236,7 @@ def measured_on(
             need = HELD * sum(r.plain_saved_bytes for r in recorded[0])
             if settings.budget_bytes is not None and need > settings.budget_bytes:
                 return None
-        return evidence_of(*recorded, group=settings.group, used=used)
+    return recorded
 
 
 def _own(x: Tensor) -> Tensor:
@@ -258,6 +298,14 @@ def _runs(module: fx.GraphModule, arguments: Sequence[Tensor]) -> bool:
         log.debug("not on a part of the batch: %s", error)
         return False
     return True
+
+
+def _ends_in_loss(slices: Slices) -> bool:
+    """All that the graph returns, and that has a gradient, is a scalar."""
+    with torch_private.new_fake_mode() as mode:
+        outputs = slices.graph(*[mode.from_tensor(x) for x in slices.arguments[0]])
+    found = [y for y in torch.utils._pytree.tree_leaves(outputs) if isinstance(y, Tensor)]
+    return all(y.numel() == 1 for y in found if y.requires_grad)
 
 
 def _signs(like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fxcompress import report, rng, torch_private
-from fxcompress.automatic import automatic
+from fxcompress.automatic import automatic, record_part
 from fxcompress.errors import FxCompressError
 from fxcompress.pipeline import Partitioner, Planned, Role, shares_a_budget
 from fxcompress.plan import Plan, merge
@@ -80,7 +80,9 @@ class Backend:
                 fresh = torch_private.copy_dynamo_graph(kept)
                 return self._compile(fresh, inputs, settings, mode, patches)
 
-        return _replanned(compiled, Replanner(kept, self.partitioner.settings, planned, again))
+        return _replanned(
+            compiled, Replanner(kept, self.partitioner.settings_in_force, planned, again)
+        )
 
     def _role(
         self, module: torch.fx.GraphModule, inputs: Sequence[Any], settings: Settings
@@ -110,7 +112,7 @@ class Backend:
         compiled, planned = self._compile(module, inputs, settings, mode, patches, role)
         if planned is None:
             return compiled
-        settings = self.partitioner.settings
+        settings = self.partitioner.settings_in_force
 
         def again(
             inputs: Sequence[Any], given: Given, old: Planned
@@ -136,7 +138,8 @@ class Backend:
         """(what runs, what was decided if that is to be made again)."""
         frame, ledger = torch_private.compile_id(), self.partitioner.ledger
         name = report.graph_key(module, inputs, Partitioner(settings, ledger).key())
-        calibration = automatic(module, inputs, settings, name)
+        kept = torch_private.copy_dynamo_graph(module)
+        calibration, step = automatic(module, inputs, settings, name)
         if calibration is not None:
             settings = replace(settings, calibration=calibration)
         if settings != self.partitioner.settings:
@@ -144,6 +147,8 @@ class Backend:
         graph = report.graph_key(module, inputs, self.partitioner.key())
         self.partitioner.plans.clear()
         self.partitioner.planned, self.partitioner.role = None, role
+        self.partitioner.calibration = None
+        self.partitioner.recorded = lambda: step or record_part(kept, inputs, settings)
         try:
             if settings.inner == "aot_eager":
                 compiled = torch_private.compile_with_aot_eager(module, inputs, self.partitioner)
@@ -160,6 +165,8 @@ class Backend:
                     )
         except FxCompressError as error:
             return _refusal(error), None
+        finally:
+            self.partitioner.recorded = None  # with the inputs it holds
         if self.partitioner.plans:
             report.remember(graph, list(self.partitioner.plans))
         for key in self.partitioner.plans or report.recall(graph):

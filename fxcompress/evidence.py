@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,13 @@ class Calibration:
     def of(self, signature: str) -> Mapping[str, TensorEvidence] | None:
         """Evidence of the graph with this signature; None if it was not calibrated."""
         return next((g.tensors for g in self.graphs if g.signature == signature), None)
+
+    def corrected(self, signature: str, tensors: Mapping[str, TensorEvidence]) -> Calibration:
+        """With this evidence of one graph in place of what is known of it."""
+        graphs = (
+            replace(g, tensors=tensors) if g.signature == signature else g for g in self.graphs
+        )
+        return replace(self, graphs=tuple(graphs))
 
     def to_json(self) -> str:
         """All of it as text, the states that transform codecs name included.

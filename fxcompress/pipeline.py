@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
-from fxcompress import __version__, artefacts, report, torch_private
+from fxcompress import __version__, artefacts, report, torch_private, trial
 from fxcompress.decision import Baseline, Decision, baseline, leave_alone, reason_to_leave
 from fxcompress.describe import describe
 from fxcompress.errors import BudgetError, SettingsError
-from fxcompress.evidence import TensorEvidence, signature
+from fxcompress.evidence import Calibration, TensorEvidence, signature
 from fxcompress.ledger import Ledger
 from fxcompress.lifetimes import located
 from fxcompress.lowering import lowered, of_mask
@@ -30,9 +30,12 @@ from fxcompress.passes.rewrite import KEEP, rewrite
 from fxcompress.plan import Plan
 from fxcompress.planner import Given, make_plan
 from fxcompress.policies import policy
+from fxcompress.record import Recording
 from fxcompress.settings import Settings
 
 log = logging.getLogger("fxcompress")
+
+TRIALS = 3  # plans made for one graph, each with the prices that the last one's trial put right
 
 _Modules = tuple[fx.GraphModule, fx.GraphModule]
 
@@ -47,6 +50,8 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         planned: what was decided last, where plans are to be made again (``replan_every``, or
             several graphs under one budget).
         role: of the graph that is partitioned next.
+        recorded: gives a step of it to try the plan on (fxcompress/trial.py); None: not tried.
+        calibration: what that was put right to; None: as in the settings.
     """
 
     def __init__(self, settings: Settings, ledger: Ledger | None = None) -> None:
@@ -55,6 +60,8 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         self.plans: dict[str, None] = {}
         self.planned: Planned | None = None
         self.role = Role()
+        self.recorded: Callable[[], Sequence[Recording]] | None = None
+        self.calibration: Calibration | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Partitioner:
         return self  # Inductor copies its settings, this one among them, to make a cache key,
@@ -73,6 +80,13 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
     def plans_again(self) -> bool:
         """Graphs are partitioned anew in every process (torch_private.autograd_cache_off)."""
         return self.settings.replan_every is not None or self.role.is_part
+
+    @property
+    def settings_in_force(self) -> Settings:
+        """The settings, with the measurements that the last plan was made by."""
+        if self.calibration is None:
+            return self.settings
+        return replace(self.settings, calibration=self.calibration)
 
     def key(self) -> str:
         """A plan follows from the joint graph and from these."""
@@ -109,8 +123,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
 
     def _compress(self, cut: Cut) -> _Modules | None:
         """The two graphs of the plan, made from ``cut`` in place; None to leave all as it was."""
-        reserved, plain = self.ledger.reserved(), self.ledger.reserved_plain()
-        found = plan_graph(cut, self.settings, reserved, plain, self.role)
+        found = self._plan(cut)
         key = report.store(found.plan)
         again = self.plans_again and (found.decision is not None or self.role.is_part)
         planned = self._unchanged(found) if again else None
@@ -131,6 +144,36 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         self._record(key, found.plan)
         self.planned = planned
         return rewritten.forward, rewritten.backward
+
+    def _plan(self, cut: Cut) -> Planned:
+        """The plan of the graph; one with measured prices is tried before it is trusted."""
+        settings = self.settings
+        reserved, plain = self.ledger.reserved(), self.ledger.reserved_plain()
+        recordings: Sequence[Recording] | None = None
+        for last in (False,) * (TRIALS - 1) + (True,):
+            found = plan_graph(cut.copy(), settings, reserved, plain, self.role)
+            if self.recorded is None or not _is_worth_a_trial(found, settings, self.role):
+                break
+            if recordings is None:
+                recordings = self.recorded()
+            outcome = tried(found, settings, recordings)
+            if outcome is None:
+                break
+            found = replace(found, plan=replace(found.plan, tried_variance=outcome.measured))
+            if outcome.evidence is None:
+                break
+            if last:
+                log.warning(
+                    "gradients are off by %.3g of their squared norm, not by %.3g as predicted, "
+                    "after %d plans: see fxcompress.check(model, batch)",
+                    *(outcome.measured, outcome.predicted, TRIALS),
+                )
+                break
+            assert settings.calibration is not None
+            name = signature(found.cut)
+            self.calibration = settings.calibration.corrected(name, outcome.evidence)
+            settings = replace(settings, calibration=self.calibration)
+        return found
 
     def _inlines_mask(self, spec: str, node: fx.Node) -> bool:
         value, readers = prop.value(node), list(node.users)
@@ -155,6 +198,30 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         self.ledger.record(key)
         self.plans[key] = None
         artefacts.show_plan(key, plan)
+
+
+def _is_worth_a_trial(found: Planned, settings: Settings, role: Role) -> bool:
+    """The plan was made by measured prices, and has noise that they could be wrong about."""
+    if role.given is not None or not (settings.is_bounded and policy(settings.policy).solves):
+        return False
+    return found.plan.calibrated and found.plan.predicted_variance > 0
+
+
+def tried(
+    found: Planned, settings: Settings, recordings: Sequence[Recording]
+) -> trial.Outcome | None:
+    """What the plan does to the recorded step of its graph; None if there is none."""
+    name = signature(found.cut)
+    recording = next((r for r in recordings if signature(r.cut) == name), None)
+    evidence = None if settings.calibration is None else settings.calibration.of(name)
+    if recording is None or evidence is None or found.decision is None:
+        return None
+    try:
+        with torch_private.outside_compile():
+            return trial.attempt(recording, found.decision.choices, evidence)
+    except Exception as error:  # never the reason why a training does not start
+        log.warning("the plan is not tried on the first batch: %s", error)
+        return None
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,8 @@ class Plan:
             step (see fxcompress/costs.py); of several graphs, the largest. None if nobody asked.
         gap: how far, relatively, the plan may be from the best one; None where no solver chose, or
             it had no time to find a plan.
+        tried_variance: squared error of the gradients that the plan gave on a part of the first
+            batch, over their squared norm (fxcompress/trial.py); None: not tried.
     """
 
     policy: str
@@ -154,6 +156,7 @@ class Plan:
     measured: tuple[int, ...] = ()
     gap: float | None = None
     slowdown: float | None = None
+    tried_variance: float | None = None
 
     @property
     def predicted_variance(self) -> float:
@@ -179,8 +182,16 @@ class Plan:
 
     @property
     def remarks(self) -> str:
-        """What its reader has to know: why graphs were left alone, which codecs are biased."""
-        return "; ".join(text for text in (self.note, self.bias) if text)
+        """What its reader has to know: why graphs were left alone, which codecs are biased, and
+        what came of trying the plan."""
+        tried = self.tried_variance
+        trial = (
+            ""
+            if tried is None
+            else f"on a part of the first batch gradients were off by {tried:.2g} of their squared "
+            f"norm, predicted {self.predicted_variance:.2g}"
+        )
+        return "; ".join(text for text in (self.note, self.bias, trial) if text)
 
     @property
     def saved_bytes_before(self) -> int:
@@ -277,6 +288,7 @@ def merge(plans: Iterable[Plan]) -> Plan:
     if len(plans) == 1:
         return first
     worst = max(plans, key=lambda p: p.planned_peak_bytes)
+    tried = [p.tried_variance for p in plans if p.tried_variance is not None]
     return replace(
         first,
         tensors=tuple(
@@ -290,6 +302,7 @@ def merge(plans: Iterable[Plan]) -> Plan:
         timeline=worst.timeline,
         gap=max((p.gap for p in plans if p.gap is not None), default=None),
         slowdown=max((p.slowdown for p in plans if p.slowdown is not None), default=None),
+        tried_variance=sum(tried) if tried else None,
     )
 
 

@@ -37,6 +37,7 @@ class Recording:
         inputs: real values of the forward's placeholders.
         tangents: real values of the backward's tangent placeholders, by name.
         random_state: of PyTorch's CPU generator when the forward ran, for the same dropout.
+        min_bytes: smaller tensors are no candidates.
     """
 
     cut: Cut
@@ -46,6 +47,7 @@ class Recording:
     inputs: tuple[Any, ...]
     tangents: dict[str, Any]
     random_state: Tensor
+    min_bytes: int
 
     def parameter_gradients(self) -> list[int]:
         """Positions, among the backward's outputs, of gradients of parameters."""
@@ -117,7 +119,10 @@ class Recorder:
             FxCompressError: none did.
         """
         found = tuple(
-            Recording(*self.prepared[i], self.inputs[i], self.tangents[i], self.random_states[i])
+            Recording(
+                *(*self.prepared[i], self.inputs[i], self.tangents[i], self.random_states[i]),
+                min_bytes=self.min_bytes,
+            )
             for i in sorted(self.tangents)
         )
         if not found:

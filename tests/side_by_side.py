@@ -214,7 +214,7 @@ class SideBySide:
         candidates = analyse(cut, min_bytes)
         saved = saved_bytes(candidates)
         state = step.random_state
-        return Recording(cut, candidates, False, saved, step.inputs, tangents, state)
+        return Recording(cut, candidates, False, saved, step.inputs, tangents, state, min_bytes)
 
 
 class _Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
