@@ -33,6 +33,7 @@ from fxcompress.passes.analyse import Candidate, saved_bytes
 from fxcompress.passes.capture import Cut
 from fxcompress.passes.recipes import Recipe
 from fxcompress.passes.rewrite import RECOMPUTE, Choice
+from fxcompress.program import TIME_PRICE
 
 log = logging.getLogger("fxcompress")
 
@@ -72,22 +73,28 @@ class Rates:
 
 @dataclass(frozen=True)
 class Clock:
-    """The times of one graph's plain step and of codecs on its device."""
+    """The times of one graph's plain step and of codecs on its device.
+
+    Attributes:
+        step: of the plain step, seconds.
+        price: noise that a step of twice the time is worth (`Settings.time_price`).
+    """
 
     step: float
     rates: Rates
+    price: float = TIME_PRICE
 
     def slowdown(self, choice: Choice) -> float:
         """Time that a choice adds, over that of the plain step."""
         return added_seconds(choice, self.rates) / self.step
 
 
-def clock_of(cut: Cut, candidates: Sequence[Candidate]) -> Clock | None:
+def clock_of(cut: Cut, candidates: Sequence[Candidate], price: float = TIME_PRICE) -> Clock | None:
     """The clock of a graph, by the device of its saved tensors; None where there are none."""
     if not candidates:
         return None
     found = rates(candidates[0].fake.device.type)
-    return Clock(step_seconds(cut, candidates, found), found)
+    return Clock(step_seconds(cut, candidates, found), found, price)
 
 
 def step_seconds(cut: Cut, candidates: Sequence[Candidate], found: Rates) -> float:

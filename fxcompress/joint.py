@@ -102,7 +102,7 @@ def _program(part: Part) -> Program:
         channels_last=planned.channels_last,
         repeats=settings.repeats,
     )
-    clock = clock_of(planned.cut, planned.plain.candidates)
+    clock = clock_of(planned.cut, planned.plain.candidates, settings.time_price)
     known = settings.calibration
     evidence = None if known is None else known.of(signature(planned.cut))
     ladders, _ = weighed(planned.candidates, planned.plain, settings, evidence, clock)

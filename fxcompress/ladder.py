@@ -93,7 +93,7 @@ def ladder(
         lossless.append(Option(Choice(candidate, KEEP, "kept"), 0.0))
     rebuilt = recompute_choice(candidate)
     if rebuilt is not None and exact.representation == KEEP:
-        lossless.append(Option(rebuilt, 0.0, clock.slowdown(rebuilt) if clock else 0.0))
+        lossless.append(option(rebuilt, 0.0, clock))
     if not is_codable(candidate):
         return lossless
     measured = evidence is not None and bool(evidence.prices)
@@ -107,15 +107,20 @@ def ladder(
         choice = codable_choice(candidate, spec)
         # A width below what the readers bear comes back as another spec: not this price.
         if choice.representation == spec:
-            slowdown = clock.slowdown(choice) if clock else 0.0
-            lossy[spec] = Option(choice, noise, slowdown, weight)
+            lossy[spec] = option(choice, noise, clock, weight)
     if candidate.floor_bits > 1 and not lossy:
         wider = codable_choice(candidate, f"affine(bits={candidate.floor_bits},group={group})")
         if wider.representation != KEEP:
-            slowdown = clock.slowdown(wider) if clock else 0.0
             guessed = _guess(group)[wider.representation]
-            lossy[wider.representation] = Option(wider, guessed, slowdown, weight)
+            lossy[wider.representation] = option(wider, guessed, clock, weight)
     return [*lossless, *_undominated(list(lossy.values()))]
+
+
+def option(choice: Choice, noise: float, clock: Clock | None, weight: float = 1.0) -> Option:
+    """The choice with what it takes by the clock."""
+    if clock is None:
+        return Option(choice, noise, weight=weight)
+    return Option(choice, noise, clock.slowdown(choice), weight, time_price=clock.price)
 
 
 def _undominated(options: list[Option]) -> list[Option]:

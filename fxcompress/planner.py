@@ -94,7 +94,9 @@ def make_plan(
         SettingsError: the policy needs a calibration, or a device it does not have.
     """
     memory = timeline(cut, candidates, channels_last=channels_last, repeats=settings.repeats)
-    clock = clock_of(cut, plain.candidates) if policy(settings.policy).solves else None
+    clock = None
+    if policy(settings.policy).solves:
+        clock = clock_of(cut, plain.candidates, settings.time_price)
     ladders, fixed = weighed(candidates, plain, settings, evidence, clock)
     if given is not None:
         of = {c.candidate.name: c for c in given.choices}

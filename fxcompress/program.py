@@ -12,7 +12,7 @@ holds the *changes* from one position to the next, and a total is a running sum.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -27,9 +27,7 @@ from fxcompress.passes import properties as prop
 from fxcompress.passes.rewrite import KEEP, RECOMPUTE, Choice
 from fxcompress.peak import Timeline
 
-# A step that takes twice as long is worth avoiding for this much gradient noise: at 0.05 a plan is
-# 10 % slower where that halves a variance of 0.01 and more, not to win at the fourth digit.
-SLOWDOWN_PRICE = 0.05
+TIME_PRICE = 0.05  # what a setting says by default
 
 Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -45,6 +43,7 @@ class Option:
         weight: what its noise counts (see ladder.hedges).
         passes: of rebuilding: roots that may be coded, each with what its noise adds through this
             tensor's buffer over what it adds by itself (see passing.py).
+        time_price: noise that a step of twice the time is worth (see Settings).
     """
 
     choice: Choice
@@ -52,11 +51,12 @@ class Option:
     slowdown: float = 0.0
     weight: float = 1.0
     passes: tuple[tuple[str, float], ...] = ()
+    time_price: float = TIME_PRICE
 
     @property
     def cost(self) -> float:
         """Noise and time as one number."""
-        return self.weight * self.noise + SLOWDOWN_PRICE * self.slowdown
+        return self.weight * self.noise + self.time_price * self.slowdown
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _price(
     """(noise, cost): the root's noise again, through the buffer, and another decode of it."""
     coded, buffer = options[product.coded], rebuilt[product.buffer]
     share = next(p for r, p in zip(buffer.roots, buffer.passes, strict=True) if product.coded in r)
-    again = Option(coded.choice, share * coded.noise, coded.slowdown / 2, coded.weight)
+    again = replace(coded, noise=share * coded.noise, slowdown=coded.slowdown / 2)
     return again.noise, again.cost
 
 

@@ -18,6 +18,7 @@ from fxcompress.overrides import Rule
 from fxcompress.overrides import parse as parse_overrides
 from fxcompress.plan import Plan
 from fxcompress.policies import check_policy, policy
+from fxcompress.program import TIME_PRICE
 
 LOWERINGS = ("auto", "triton", "cpu", "inductor")
 INNER_COMPILERS = ("inductor", "aot_eager")
@@ -46,6 +47,9 @@ class Settings:
             SGD cannot get rid of is proportional to that variance (Bottou, Curtis and Nocedal 2018,
             theorem 4.6; AC-GC, Evans and Aamodt 2021, bounds errors by it): 0.05 lets this excess
             grow by a twentieth. Calibrate with ``weighting="adam"`` for Adam.
+        time_price: for ``policy="auto"``: the squared gradient error, over the squared norm, that a
+            step of twice the time is worth. At 0.05 a plan is 10 % slower where that halves a
+            variance of 0.01 and more, not to win at the fourth digit; at 0 only noise counts.
         inner: ``"inductor"``, or ``"aot_eager"`` for quick debugging without code generation.
         lowering: by what payloads are decoded: ``"triton"`` or ``"cpu"``, our kernels;
             ``"inductor"``: operations in the graph, fused with the readers; ``"auto"`` chooses for
@@ -73,6 +77,7 @@ class Settings:
     ratio: float | None = None
     max_grad_error: float | None = None
     max_loss_increase: float | None = None
+    time_price: float = TIME_PRICE
     inner: str = "inductor"
     lowering: str = "auto"
     group: int = 256
@@ -124,6 +129,11 @@ class Settings:
             raise SettingsError(
                 f"max_grad_error={self.max_grad_error!r} must be 0 or more: 0.1 allows an error of "
                 "a tenth of the gradient's norm"
+            )
+        if not (math.isfinite(self.time_price) and self.time_price >= 0):
+            raise SettingsError(
+                f"time_price={self.time_price!r} must be 0 or more: at 0 only noise counts, at 1 a "
+                "step hardly gets slower"
             )
         self._check_together()
         if self.max_loss_increase is not None:
@@ -243,6 +253,7 @@ _PARSERS: dict[str, Any] = {
     "ratio": float,
     "max_grad_error": float,
     "max_loss_increase": float,
+    "time_price": float,
     "inner": str,
     "lowering": str,
     "group": int,

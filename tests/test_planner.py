@@ -111,6 +111,24 @@ def edited(plan: Plan, path: Path, edit: Callable[[dict[str, Any]], None]) -> Pa
     return path
 
 
+# --- time -----------------------------------------------------------------------------------------
+
+
+def test_time_has_its_price() -> None:
+    """The dearer it is, the faster and the noisier the plan."""
+    plans = []
+    for price in (0.0, 100.0):
+        torch._dynamo.reset()
+        backend = fxcompress.backend(ratio_saved=6, time_price=price, inner="aot_eager")
+        torch.compile(Deep(), backend=backend)(torch.randn(512, 64)).backward()
+        plans.append(backend.plan())
+    free, dear = plans
+    assert free.slowdown is not None
+    assert dear.slowdown is not None
+    assert dear.slowdown < free.slowdown
+    assert dear.predicted_variance > free.predicted_variance
+
+
 # --- saved plans --------------------------------------------------------------------------------
 
 

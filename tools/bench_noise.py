@@ -29,6 +29,7 @@ from fxcompress.passes.rewrite import RECOMPUTE, Choice, rewrite
 from fxcompress.peak import timeline
 from fxcompress.planner import tie_storages, with_passes
 from fxcompress.policies import Situation, policy
+from fxcompress.program import TIME_PRICE
 from fxcompress.record import Recording, gradients
 from fxcompress.sensitivity import Sensitivity, price, sensitivity
 from fxcompress.solve import build, least_noise, least_saved
@@ -61,7 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=models.SPECS)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=64, help="image side, or sequence length")
-    parser.add_argument("--policies", default="uniform2,rotate2,auto")
+    parser.add_argument(
+        "--policies",
+        default="uniform2,rotate2,auto",
+        help="also auto@32: at 1/32 of plain Inductor's saved bytes, whatever the others spend",
+    )
     parser.add_argument(
         "--match-bytes", metavar="POLICY", help="tune each policy to the saved bytes of this one"
     )
@@ -74,6 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drift-steps", type=int, default=0, help="AdamW steps between calibrating and measuring"
     )
+    parser.add_argument(
+        "--time-price", type=float, default=TIME_PRICE, help="of policy auto; 0: only noise counts"
+    )
     parser.add_argument("--data", type=Path, help="JPEG folders, or a text file for the GPT")
     parser.add_argument("--warm-steps", type=int, default=200, help="AdamW steps beforehand")
     parser.add_argument("--seeds", type=int, default=16, help="noise streams to average over")
@@ -84,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the table, and with --json one line of JSON."""
     names = harness.split_policies(args.policies)
     for name in (*names, *([args.match_bytes] if args.match_bytes else [])):
-        policy(name)
+        _ratio_of(name)
     if args.ratio and args.match_bytes:
         raise SettingsError("give --match-bytes or --ratio, not both")
     if args.seeds < 2:
@@ -92,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     done = harness.results(
         args,
         *("model", "batch", "size", "data", "warm_steps", "drift_steps", "match_bytes", "seed"),
-        *("bytes_factor", "ratio", "seeds"),
+        *("bytes_factor", "ratio", "seeds", "time_price"),
     )
     with harness.bars() as bars:
         setting = cache(partial(_set, args, bars))  # trained only if something is missing
@@ -102,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
             matched = done.part(f"bytes of {args.match_bytes}", _spent, setting, args.match_bytes)
             target = matched * args.bytes_factor
         rows = {
-            name: Row(**done.part(name, _row, setting, name, target, args.seeds))
+            name: Row(**done.part(name, _row, setting, name, target, args))
             for name in bars.track(names, description="noise of each policy")
         }
     about = {
@@ -114,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
         "bytes_factor": args.bytes_factor,
         "ratio": args.ratio,
         "drift_steps": args.drift_steps,
+        "time_price": args.time_price,
         **first,
         "seed": args.seed,
         "seeds": args.seeds,
@@ -143,10 +152,27 @@ def _spent(setting: Callable[[], Setting], name: str) -> int:
     return sum(map(_saved, chosen))
 
 
-def _row(setting: Callable[[], Setting], name: str, target: float | None, seeds: int) -> Row:
+def _ratio_of(name: str) -> float | None:
+    """Of ``policy@R``: by how much plain Inductor's saved bytes shrink.
+
+    Raises:
+        SettingsError: no such policy, or something else after the @.
+    """
+    found = harness.settings_of(name)
+    if found.get("budget_mb") is not None:
+        raise SettingsError(f"{name!r}: noise is compared at equal bytes, not within a budget")
+    ratio: float | None = found.get("ratio_saved")
+    return ratio
+
+
+def _row(
+    setting: Callable[[], Setting], name: str, target: float | None, args: argparse.Namespace
+) -> Row:
     found = setting()
-    chosen, level = _choose(found.recordings, name, found.calibration, target)
-    return _measure(found.recordings, found.sensitivities, chosen, found.exact, seeds, level)
+    if ratio := _ratio_of(name):
+        name, target = name.partition("@")[0], found.about["plain_saved_mb"] * MB / ratio
+    chosen, level = _choose(found.recordings, name, found.calibration, target, args.time_price)
+    return _measure(found.recordings, found.sensitivities, chosen, found.exact, args.seeds, level)
 
 
 def _set(args: argparse.Namespace, bars: Progress) -> Setting:
@@ -172,14 +198,20 @@ def _set(args: argparse.Namespace, bars: Progress) -> Setting:
 
 
 def _choose(
-    recordings: Sequence[Recording], name: str, calibration: Calibration, target: float | None
+    recordings: Sequence[Recording],
+    name: str,
+    calibration: Calibration,
+    target: float | None,
+    time_price: float = TIME_PRICE,
 ) -> tuple[list[tuple[Choice, ...]], float | None]:
     """Choices for each graph, and the level of the policy's knob that spends `target` bytes."""
     found = policy(name)
     if found.solves:
         if target is None:
             raise SettingsError(f"policy {name!r} needs --match-bytes or --ratio to plan for")
-        return [_solved(r, calibration, target * _share(r, recordings)) for r in recordings], None
+        shares = [target * _share(r, recordings) for r in recordings]
+        pairs = zip(recordings, shares, strict=True)
+        return [_solved(r, calibration, share, time_price) for r, share in pairs], None
     if found.choose is None:
         raise SettingsError(f"policy {name!r} adds no noise to measure")
 
@@ -203,10 +235,12 @@ def _choose(
     return at(found.levels[-1]), found.levels[-1]
 
 
-def _solved(recording: Recording, calibration: Calibration, limit: float) -> tuple[Choice, ...]:
+def _solved(
+    recording: Recording, calibration: Calibration, limit: float, time_price: float
+) -> tuple[Choice, ...]:
     """What policy auto would choose for this many saved bytes."""
     evidence = calibration.of(signature(recording.cut)) or {}
-    clock = clock_of(recording.cut, recording.candidates)
+    clock = clock_of(recording.cut, recording.candidates, time_price)
     weights = hedges(evidence)
     ladders = [
         ladder(c, 256, evidence.get(c.name), clock, weights.get(c.name, 1.0))

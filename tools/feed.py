@@ -27,8 +27,8 @@ def feed(
     """(a function that gives the task with another batch each time, name of the data).
 
     Image classifiers get JPEG folders where a path is given and the digits of scikit-learn where
-    none is; the GPT gets characters of a text file, or of this package's own sources. Other models
-    keep the one batch they came with.
+    none is; language models get characters of a text file, or of this package's own sources. Other
+    models keep the one batch they came with.
 
     Args:
         part: "all" of the data, or what is trained on ("train") and held out ("validation"): every
@@ -36,25 +36,31 @@ def feed(
     """
     generator = torch.Generator().manual_seed(seed)
     kind = task.name.partition(":")[0]
-    if kind in {"torchvision", "cifar"}:
-        count = 4000 if kind == "torchvision" else 10_000
+    if kind in {"torchvision", "cifar"} or "pixel_values" in task.keywords:
+        count = 10_000 if kind == "cifar" else 4000
         images = _part_of_images(_images(path, size, count), part)
 
         def next_images() -> Task:
             pixels, labels = images.batch(batch, generator)
+            if task.keywords:
+                return replace(task, keywords={"pixel_values": pixels, "labels": labels})
             loss = partial(F.cross_entropy, target=labels)
             return replace(task, inputs=(pixels,), loss=loss, labels=labels)
 
         return next_images, images.name
-    if kind == "gpt":
-        embedding: Any = task.model.embedding
-        text, name = _characters(path, embedding.num_embeddings)
+    if kind == "gpt" or "input_ids" in task.keywords:
+        model: Any = task.model
+        vocabulary = model.config.vocab_size if task.keywords else model.embedding.num_embeddings
+        text, name = _characters(path, vocabulary)
         end = len(text) * 9 // 10
         text = {"all": text, "train": text[:end], "validation": text[end:]}[part]
 
         def next_text() -> Task:
             starts = torch.randint(len(text) - size - 1, (batch,), generator=generator)
             rows = torch.stack([text[s : s + size + 1] for s in starts.tolist()])
+            if task.keywords:
+                tokens = rows[:, :-1].contiguous()  # the model shifts its labels itself
+                return replace(task, keywords={"input_ids": tokens, "labels": tokens})
             return replace(task, inputs=(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()))
 
         return next_text, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import importlib.util
 import sys
@@ -23,7 +24,8 @@ SPECS = """\
 torchvision:NAME   a torchvision classifier, 10 classes, random images of size x size
 cifar:resnet20     the small ResNet of examples/resnet.py, for 32 x 32 images
 gpt:small          the GPT of examples/gpt.py, or gpt:tiny; size is the sequence length
-hf:NAME            transformers: a model type (gpt2, vit, ...) or a folder with config.json
+hf:NAME            transformers: a model type (gpt2, vit, ...) or a folder with config.json, with
+                   entries of its configuration as in hf:bert(num_hidden_layers=4,hidden_size=256)
 NAME-ara, NAME-asa any of these with the auxiliary activations of fxcompress.nn
 FILE.py:FUNCTION   FUNCTION(batch, size) -> (model, inputs, loss): a module, a tuple of its
                    arguments, and a function from its output to a scalar
@@ -115,7 +117,8 @@ def _torchvision(name: str, batch: int, size: int) -> Task:
     except ImportError as error:
         raise ModelError("torchvision is missing: pip install 'fxcompress[bench]'") from error
     try:
-        model = torchvision.models.get_model(name, weights=None, num_classes=10)
+        entries = {"image_size": size} if name.startswith("vit_") else {}
+        model = torchvision.models.get_model(name, weights=None, num_classes=10, **entries)
     except (ValueError, TypeError) as error:
         raise ModelError(
             f"torchvision has no classifier {name!r} ({error}); "
@@ -158,11 +161,12 @@ def _huggingface(name: str, batch: int, size: int) -> Task:
     except ImportError as error:
         raise ModelError("transformers is missing: pip install 'fxcompress[hf]'") from error
     transformers: Any = installed
+    name, entries = _entries(name)
     try:
         if name in transformers.CONFIG_MAPPING:
-            config = transformers.AutoConfig.for_model(name)
+            config = transformers.AutoConfig.for_model(name, **entries)
         else:
-            config = transformers.AutoConfig.from_pretrained(name)
+            config = transformers.AutoConfig.from_pretrained(name, **entries)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"transformers has no configuration for {name!r}: give a model type such as gpt2, or "
@@ -183,6 +187,20 @@ def _huggingface(name: str, batch: int, size: int) -> Task:
             "FUNCTION(batch, size) in a file and give FILE.py:FUNCTION"
         )
     return Task(name, model, (), lambda output: output.loss, keywords)
+
+
+def _entries(name: str) -> tuple[str, dict[str, Any]]:
+    """ "bert(hidden_size=256)" as the name and what stands in brackets."""
+    bare, bracket, rest = name.partition("(")
+    if not bracket:
+        return bare, {}
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        assert not call.args
+        return bare, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AssertionError) as error:
+        raise ModelError(f"{name!r} is not of the form NAME(KEY=VALUE,...)") from error
 
 
 def _from_file(path: Path, name: str, batch: int, size: int) -> Task:
