@@ -89,9 +89,13 @@ def run_release(release: str, work: Path, tests: Sequence[str], timeout: float) 
     if not python.exists():
         venv.create(folder, with_pip=True)
     wanted = [f"torch=={release}.*", "-e", str(ROOT), *NEEDED]
+    if _torch_of(python).startswith(
+        f"{release}."
+    ):  # made by an earlier run, with all that it needs
+        wanted = ["--no-deps", "-e", str(ROOT)]
     try:
         _output(python, "-m", "pip", "install", "-q", *wanted)
-        torch = _output(python, "-c", "import torch; print(torch.__version__)").split()[-1]
+        torch = _torch_of(python)
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if line.startswith("ERROR")]
         return Result(release, note="; ".join(lines)[-300:] or f"exit code {error.returncode}")
@@ -126,6 +130,14 @@ def read_log(release: str, torch: str, log: str, seconds: float = 0.0, note: str
     if not found and not note:
         note = f"no test ran: {log.rstrip().rpartition(chr(10))[2][:200]}"
     return Result(release, torch, passed, len(failures), seconds, failures, note)
+
+
+def _torch_of(python: Path) -> str:
+    """The version that is installed there; empty if there is none."""
+    try:
+        return _output(python, "-c", "import torch; print(torch.__version__)").split()[-1]
+    except subprocess.CalledProcessError:
+        return ""
 
 
 def _output(*command: str | Path) -> str:
