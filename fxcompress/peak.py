@@ -208,7 +208,7 @@ def timeline(
             decoded[name] += step.span(step.at[node], step.at[node], candidate.own_bytes)
         held[name] = step.span(used, _last_decode(step, cut, readers, used), 1) + others
         coding[name] = step.span(used, used, 1)
-        for cluster in clusters(cut.backward.graph, readers):
+        for cluster in clusters(readers):
             coding[name][step.at[cluster[0]]] = 1
         for node in candidate.exact:
             if node not in masks:
@@ -320,7 +320,7 @@ def workspace_of(recipe: Recipe, *, copies_weights: bool) -> int:
 def _copies(step: _Step, cut: Cut, readers: Sequence[fx.Node], size: float) -> Bytes:
     """Bytes of decoded copies: one alive around each cluster of direct readers."""
     total = np.zeros(step.end + 1)
-    for cluster in clusters(cut.backward.graph, readers):
+    for cluster in clusters(readers):
         last = max(
             step.at[r] if r in step.owners or _writes_memory(r) else step.last[r] for r in cluster
         )
@@ -348,16 +348,21 @@ def _layout_copies(step: _Step) -> Bytes:
 def _live_readers(candidate: Candidate) -> list[fx.Node]:
     """Direct backward readers that are left once the exact nodes have been hoisted."""
     smooth = set(candidate.smooth)
-    known: dict[fx.Node, bool] = {}
-
-    def leads_to_smooth(node: fx.Node) -> bool:
-        if node not in known:
-            known[node] = node in smooth or (
-                not prop.is_integer(node) and any(leads_to_smooth(u) for u in node.users)
-            )
-        return known[node]
-
-    return [u for u in candidate.saved.backward.users if leads_to_smooth(u)]
+    reached: list[fx.Node] = []  # through values, not through integers made from them
+    pending, seen = list(candidate.saved.backward.users), set(candidate.saved.backward.users)
+    while pending:
+        node = pending.pop()
+        reached.append(node)
+        if node in smooth or prop.is_integer(node):
+            continue
+        new = [u for u in node.users if u not in seen]
+        seen.update(new)
+        pending.extend(new)
+    leading = set(smooth)
+    for node in sorted(reached, reverse=True):  # readers first
+        if not prop.is_integer(node) and not leading.isdisjoint(node.users):
+            leading.add(node)
+    return [u for u in candidate.saved.backward.users if u in leading]
 
 
 def _step(cut: Cut) -> _Step:
@@ -437,7 +442,7 @@ def _writes_memory(node: fx.Node) -> bool:
 
 def _last_decode(step: _Step, cut: Cut, readers: Sequence[fx.Node], default: int) -> int:
     """Position of the last decode: where the payload dies."""
-    found = clusters(cut.backward.graph, readers)
+    found = clusters(readers)
     return step.at[found[-1][0]] if found else default
 
 

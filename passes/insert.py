@@ -94,7 +94,7 @@ def insert_decodes(
     graph, value = backward.graph, prop.value(node)
     coded = value if coded is None else coded
     readers = [u for u in node.users if u.op != "output"]
-    for cluster in clusters(graph, readers):
+    for cluster in clusters(readers):
         with graph.inserting_before(cluster[0]):
             shape = torch_private.size_arguments(graph, value)
             here = _to_device(graph, payload, value.device) if host else payload
@@ -133,20 +133,24 @@ def insert_blank(backward: fx.GraphModule, node: fx.Node) -> None:
         reader.replace_input_with(node, blank)
 
 
-def clusters(graph: fx.Graph, readers: Sequence[fx.Node]) -> list[list[fx.Node]]:
+def clusters(readers: Sequence[fx.Node]) -> list[list[fx.Node]]:
     """Readers in graph order, split where an op that does not fuse stands between two of them."""
-    clusters: list[list[fx.Node]] = []
-    pending = set(readers)
-    separated = True
-    for current in graph.nodes:
-        if current in pending:
-            if separated:
-                clusters.append([])
-                separated = False
-            clusters[-1].append(current)
-        elif clusters and prop.is_extern(current):
-            separated = True
-    return clusters
+    found: list[list[fx.Node]] = []
+    for reader in sorted(set(readers)):
+        if found and not _is_parted(found[-1][-1], reader):
+            found[-1].append(reader)
+        else:
+            found.append([reader])
+    return found
+
+
+def _is_parted(first: fx.Node, second: fx.Node) -> bool:
+    node = first.next
+    while node is not second:
+        if prop.is_extern(node):
+            return True
+        node = node.next
+    return False
 
 
 def _inlined(

@@ -130,7 +130,7 @@ def _rebuild(graph: fx.Graph, recipe: Recipe, received: dict[fx.Node, fx.Node]) 
     """Steps before each cluster of readers, so that nothing rebuilt outlives its use."""
     node = recipe.saved.backward
     readers: Sequence[fx.Node] = [u for u in node.users if u.op != "output"]
-    for cluster in clusters(graph, readers):
+    for cluster in clusters(readers):
         made = {source: received[source] for source in recipe.sources}
         with graph.inserting_before(cluster[0]):
             for step in recipe.steps:

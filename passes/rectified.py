@@ -63,7 +63,7 @@ def insert_masked(backward: fx.GraphModule, candidate: Candidate) -> fx.Node:
     assert mask is not None
     value = prop.value(node)
     readers = [u for u in node.users if u.op != "output" and u not in candidate.exact]
-    for cluster in clusters(graph, readers):
+    for cluster in clusters(readers):
         with graph.inserting_before(cluster[0]):
             masked = call(graph, aten.where.self, mask, _zero(graph, value), node)
         for reader in cluster:
