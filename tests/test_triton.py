@@ -172,18 +172,27 @@ def test_rotate(bits: int, dtype: torch.dtype) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("size", [0, 1, 130, 257])
-def test_rotate_tails(size: int) -> None:
-    for group in (128, 512):
-        check(Rotate(3, group, mean="none"), awkward(size, torch.float32))
+@pytest.mark.parametrize(("number", "c"), [(1, Affine(3)), (2, Rotate(2))], ids=str)
+def test_every_configuration_gives_the_same_bits(
+    number: int, c: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fxcompress.kernels.triton import common
+
+    monkeypatch.setattr(common, "CONFIGS", common.CONFIGS[number:])
+    check(c, awkward(common.CONFIGS[0].warps // 4 * tile(torch.float32) + 333, torch.float32))
+
+
+@interpreted
+@pytest.mark.parametrize(("size", "group"), [(0, 128), (1, 512), (130, 512), (257, 128)])
+def test_rotate_tails(size: int, group: int) -> None:
+    check(Rotate(3, group, mean="none"), awkward(size, torch.float32))
 
 
 @interpreted
 @pytest.mark.parametrize(("rate", "dtype"), [(0.5, FLOATS[1]), (0.125, FLOATS[0])])
 def test_subsample(rate: float, dtype: torch.dtype) -> None:
     check(Subsample(rate), awkward(tile(dtype) + 333, dtype))
-    for size in (1, 700):
-        check(Subsample(rate), awkward(size, dtype))
+    check(Subsample(rate), awkward(1 if rate < 0.5 else 700, dtype))
 
 
 @interpreted
@@ -248,9 +257,14 @@ SPACES = [  # storage order, axis of channels
 @pytest.mark.parametrize(("shape", "channels"), SPACES)
 def test_frequency(shape: tuple[int, ...], channels: int) -> None:
     x = awkward(math.prod(shape), FLOATS[len(shape) % 3]).view(shape)
-    check(Frequency(2, 8, "bf16", channels), x)
-    check(Frequency(3, 2, "8bit", channels), x)
-    check(Frequency(2, 4, "bf16", channels, "stretched"), x)
+    kinds = [
+        Frequency(2, 8, "bf16", channels),
+        Frequency(3, 2, "8bit", channels),
+        Frequency(2, 4, "bf16", channels, "stretched"),
+    ]
+    number = SPACES.index((shape, channels))
+    for c in kinds if number < 4 else kinds[number % 3 : number % 3 + 1]:
+        check(c, x)
 
 
 @interpreted
@@ -391,6 +405,31 @@ def test_launches_are_recorded_without_a_gpu() -> None:
     assert not kernels.takes(torch.ones(8), 256)
 
 
+@compiled
+def test_the_fastest_configuration_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxcompress.kernels.triton import common
+    from fxcompress.kernels.triton.affine import decode_kernel as kernel
+
+    timed: list[int] = []
+
+    def seconds(launches: list[kernels.Launch]) -> float:
+        timed.append(launches[0].warps)
+        return 1 / launches[0].warps
+
+    monkeypatch.setattr(common, "seconds", seconds)
+    monkeypatch.setattr(common, "_fastest", {})
+    large, small = (torch.empty(size, device="meta") for size in (1 << 22, 1 << 20))
+    assert common.launches(kernel, large, 256)[0].warps == 4  # there is nothing to time on
+    monkeypatch.setattr(common, "can_time", lambda x: True)
+    assert common.launches(kernel, small, 256)[0].warps == 4
+    assert not timed
+    assert common.launches(kernel, large, 256)[0].warps == max(timed) == 8
+    assert len(timed) == len(common.CONFIGS)
+    assert common.launches(kernel, small, 256)[0].warps == 8
+    assert common.launches(kernel, large, 512)[0].warps == 8  # another kind
+    assert len(timed) == 2 * len(common.CONFIGS)
+
+
 VIEWS = {"detach", "new_empty", "empty", "slice", "view"}
 
 
@@ -471,4 +510,4 @@ def test_no_kernel_spills_or_reads_narrowly() -> None:
         assert row.tensor_access_bytes == 16, row
         # What elements look up, a few bytes each, is counted for each; caches serve it.
         looks_up = row.kernel.startswith(("frequency", "adaptive", "average(beta=0.5,along=space"))
-        assert 0.99 <= row.bytes_ratio < (4 if looks_up else 1.02), row
+        assert 0.99 <= row.bytes_ratio < (5 if looks_up else 1.02), row

@@ -177,6 +177,7 @@ def kernels(run: Run) -> dict[str, Any]:
 def _kernel(run: Run, c: Codec, x: Tensor, copy_gb_s: float) -> dict[str, Any]:
     x = x > 0 if c.lossless else x
     key = torch.tensor([0x1234567890ABCDEF, 7])
+    row = _timed(run, c, x, key, copy_gb_s)  # first: kernels are tuned when a large tensor comes
     equal = True
     for size in (1, 77, 5000, (1 << 20) + 333):  # tails, and whole tiles with one
         part = x[:size].contiguous()
@@ -185,7 +186,7 @@ def _kernel(run: Run, c: Codec, x: Tensor, copy_gb_s: float) -> dict[str, Any]:
         decoded = c.decode(expected, part.shape, part.dtype, key, STREAM)
         found = c.decode(payload, part.shape, part.dtype, key.to(run.device), STREAM)
         equal &= torch.equal(payload.cpu(), expected) and torch.equal(found.cpu(), decoded)
-    return _timed(run, c, x, key, copy_gb_s, equal)
+    return {**row, "equal": equal}
 
 
 def _transform(run: Run, x: Tensor, copy_gb_s: float) -> dict[str, Any]:
@@ -207,12 +208,10 @@ def _transform(run: Run, x: Tensor, copy_gb_s: float) -> dict[str, Any]:
     errors = [float((y - sample.float()).square().mean()) for y in (found, other)]
     equal = float((found - same).abs().max()) < near * float(sample.float().std())
     equal &= abs(errors[0] / errors[1] - 1) < 0.05
-    return _timed(run, c, x, key, copy_gb_s, equal)
+    return {**_timed(run, c, x, key, copy_gb_s), "equal": equal}
 
 
-def _timed(
-    run: Run, c: Codec, x: Tensor, key: Tensor, copy_gb_s: float, equal: bool
-) -> dict[str, Any]:
+def _timed(run: Run, c: Codec, x: Tensor, key: Tensor, copy_gb_s: float) -> dict[str, Any]:
     given = key.to(run.device)
     payload = c.encode(x, given, STREAM)
     moved = (x.nbytes + payload.nbytes) / 1e9
@@ -221,7 +220,6 @@ def _timed(
     return {
         "codec": str(c),
         "dtype": str(x.dtype),
-        "equal": equal,
         "encode_gb_s": encode,
         "decode_gb_s": decode,
         "encode_vs_copy": encode / copy_gb_s,

@@ -6,6 +6,7 @@ second.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,30 @@ def run(launches: Sequence[Launch]) -> None:
             raise
         except Exception as error:
             raise BuildError(f"{type(error).__name__}: {error}") from error
+
+
+def can_time(x: Tensor) -> bool:
+    """Launches on x would run now, on a GPU that may be waited for: no graph is being captured."""
+    return x.is_cuda and _recorder is None and not torch.cuda.is_current_stream_capturing()
+
+
+def seconds(launches: Sequence[Launch], repeats: int = 5) -> float:
+    """The least time that launches take; they write the same each time. Waits for the GPU.
+
+    inf where they cannot be built: another way may.
+    """
+    try:
+        run(launches)
+    except BuildError:
+        return math.inf
+    with torch.cuda.device_of(launches[0].arguments[0]):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(repeats)]
+        for start, end in events:
+            start.record()
+            run(launches)
+            end.record()
+        events[-1][1].synchronize()
+    return min(start.elapsed_time(end) for start, end in events) / 1e3
 
 
 def warp_size() -> int:

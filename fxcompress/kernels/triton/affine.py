@@ -12,18 +12,14 @@ from torch import Tensor
 from fxcompress import rng
 from fxcompress.kernels.triton import Launch
 from fxcompress.kernels.triton.common import (
-    coded_mask,
-    group_sizes,
     hash_bits,
-    lane_masks,
-    lane_offsets,
     launches,
     load_codes,
     load_lanes,
     store_codes,
     store_float,
     stream_keys,
-    tile_start,
+    tile,
 )
 
 
@@ -117,14 +113,10 @@ def encode_kernel(
         k_a, k_b = 0, 0
     else:
         k_a, k_b = stream_keys(key, stream)
-    start = tile_start(first, GROUP, ROWS)
-    size = group_sizes(numel, start, GROUP, ROWS, FAST)
-    eighth = (size + 7) // 8
-    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
+    start, size, eighth, offsets, inside, coded = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
     lanes = load_lanes(x + start, offsets, inside, 0)
     lanes = [lane.to(tl.float32) for lane in lanes]
     drawn, step, lo = code(lanes, inside, offsets, start, k_a, k_b, BITS, NEAREST)
-    coded = coded_mask(size, eighth, WIDTH, FAST)
     store_codes(codes + start // 8 * BITS, drawn, eighth, coded, GROUP, BITS)
     store_grid(steps, minima, start // GROUP, size, step, lo)
     if not FAST:  # where the codes end at an odd byte, all programs clear the one after it
@@ -156,11 +148,7 @@ def decode_kernel(
     WIDTH: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    start = tile_start(first, GROUP, ROWS)
-    size = group_sizes(numel, start, GROUP, ROWS, FAST)
-    eighth = (size + 7) // 8
-    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
-    coded = coded_mask(size, eighth, WIDTH, FAST)
+    start, size, eighth, offsets, inside, coded = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
     lanes = load_codes(codes + start // 8 * BITS, eighth, coded, GROUP, BITS)
     step, lo = load_grid(steps, minima, start // GROUP, size)
     for lane in tl.static_range(8):

@@ -32,6 +32,7 @@ from fxcompress.kernels.triton.common import (
     store_codes,
     store_float,
     stream_keys,
+    tile,
     tile_start,
 )
 from fxcompress.kernels.triton.space import Space, lookup, spread
@@ -175,10 +176,7 @@ def fill_kernel(
     FAST: tl.constexpr,
 ):
     """Each group filled with its mean."""
-    start = tile_start(first, GROUP, ROWS)
-    size = group_sizes(numel, start, GROUP, ROWS, FAST)
-    eighth = (size + 7) // 8
-    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
+    start, size, _, offsets, inside, _ = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
     groups = start // GROUP + tl.arange(0, ROWS)[:, None]
     mean = (tl.load(means + groups, size > 0, other=0).to(tl.int32) << 16).to(
         tl.float32, bitcast=True
@@ -216,10 +214,7 @@ def spread_kernel(
     FAST: tl.constexpr,
 ):
     """Each element its mean, one of `count`, MEANS of which share a grid."""
-    start = tile_start(first, GROUP, ROWS)
-    sizes = group_sizes(numel, start, GROUP, ROWS, FAST)
-    eighth = (sizes + 7) // 8
-    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(sizes, eighth, WIDTH, FAST)
+    start, _, eighth, offsets, inside, _ = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
     R: tl.constexpr = RUN if FAST else 1
     for lane in tl.static_range(8):
         _, mean = lookup(

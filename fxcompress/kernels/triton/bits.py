@@ -9,15 +9,11 @@ from torch import Tensor
 
 from fxcompress.kernels.triton import Launch
 from fxcompress.kernels.triton.common import (
-    coded_mask,
-    group_sizes,
-    lane_masks,
-    lane_offsets,
     launches,
     load_codes,
     load_lanes,
     store_codes,
-    tile_start,
+    tile,
 )
 
 GROUP = 256
@@ -36,14 +32,10 @@ def encode_kernel(
     WIDTH: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    start = tile_start(first, GROUP, ROWS)
-    size = group_sizes(numel, start, GROUP, ROWS, FAST)
-    eighth = (size + 7) // 8
-    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
+    start, _, eighth, offsets, inside, coded = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
     low = low.to(x.dtype.element_ty)
     lanes = load_lanes(x + start, offsets, inside, low)
     lanes = [(lane - low).to(tl.int32) for lane in lanes]
-    coded = coded_mask(size, eighth, WIDTH, FAST)
     store_codes(codes + start // 8 * BITS, lanes, eighth, coded, GROUP, BITS)
 
 
@@ -60,11 +52,7 @@ def decode_kernel(
     WIDTH: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    start = tile_start(first, GROUP, ROWS)
-    size = group_sizes(numel, start, GROUP, ROWS, FAST)
-    eighth = (size + 7) // 8
-    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
-    coded = coded_mask(size, eighth, WIDTH, FAST)
+    start, _, eighth, offsets, inside, coded = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
     lanes = load_codes(codes + start // 8 * BITS, eighth, coded, GROUP, BITS)
     for lane in tl.static_range(8):
         value = lanes[lane].to(x.dtype.element_ty) + low.to(x.dtype.element_ty)

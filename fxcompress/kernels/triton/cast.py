@@ -19,15 +19,12 @@ from fxcompress import rng
 from fxcompress.kernels.triton import Launch
 from fxcompress.kernels.triton.common import (
     ceil_bf16,
-    group_sizes,
     hash_bits,
-    lane_masks,
-    lane_offsets,
     launches,
     load_lanes,
     store_float,
     stream_keys,
-    tile_start,
+    tile,
 )
 
 # Of each format: bits of mantissa, bias of the exponent, code of NaN, width in bits.
@@ -100,10 +97,7 @@ def encode_kernel(
     WIDTH: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    start = tile_start(first, GROUP, ROWS)
-    size = group_sizes(numel, start, GROUP, ROWS, FAST)
-    eighth = (size + 7) // 8
-    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
+    start, size, _, offsets, inside, _ = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
     lanes = load_lanes(x + start, offsets, inside, 0)
     lanes = [lane.to(tl.float32) for lane in lanes]
     if BIAS < 127:
@@ -151,10 +145,7 @@ def decode_kernel(
     WIDTH: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    start = tile_start(first, GROUP, ROWS)
-    size = group_sizes(numel, start, GROUP, ROWS, FAST)
-    eighth = (size + 7) // 8
-    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
+    start, size, _, offsets, inside, _ = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
     lanes = load_lanes(numbers + start, offsets, inside, 0)
     lanes = [lane.to(tl.int32) for lane in lanes]
     if BIAS < 127:

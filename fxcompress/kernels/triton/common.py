@@ -12,6 +12,7 @@ tensor, the masked one, which the compiler cannot vectorise.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxcompress.kernels.triton import Launch, warp_size
+from fxcompress.kernels.triton import Launch, can_time, seconds, warp_size
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,35 @@ class Piece:
         return Launch(kernel, self.programs, self.warps, given, {**constants, **tile})
 
 
-def pieces(numel: int, group: int, itemsize: int) -> list[Piece]:
+@dataclass(frozen=True)
+class Config:
+    """Of programs of whole tiles: bytes of each lane that a thread holds, and the least warps."""
+
+    vector: int = 16
+    warps: int = 4
+
+
+# The first stands where nothing is timed. Any gives the same bits: random numbers belong to
+# elements, and sums that could depend on the order are of integers.
+CONFIGS = (Config(), Config(warps=8), Config(vector=8))
+_TIMED = 1 << 22  # elements; a smaller tensor is over too soon to tell
+_fastest: dict[Hashable, Config] = {}
+
+
+def pieces(numel: int, group: int, itemsize: int, config: Config = CONFIGS[0]) -> list[Piece]:
     """The whole tiles of the fast path, and what is left over for the masked one.
 
     Two launches, since one kernel of both paths would take the registers of the worse.
     """
-    width, vector, found = triton.next_power_of_2(group // 8), 16 // itemsize, []
-    groups, first, warp = -(-numel // group), 0, warp_size()
+    width, found = triton.next_power_of_2(group // 8), []
+    groups, first = -(-numel // group), 0
     if group == 8 * width:
-        rows, warps = _tile(width, warp, vector)
+        rows, warps = _tile(width, config.vector // itemsize, config.warps)
         if programs := numel // (rows * group):
             found.append(Piece(0, programs, rows, width, warps, True))
             first = programs * rows
     if groups > first:
-        rows, warps = _tile(width, warp, 1)
+        rows, warps = _tile(width, 1, CONFIGS[0].warps)
         found.append(Piece(first, -(-(groups - first) // rows), rows, width, warps, False))
     return found
 
@@ -61,14 +77,26 @@ def pieces(numel: int, group: int, itemsize: int) -> list[Piece]:
 def launches(
     kernel: Any, x: Tensor, group: int, *arguments: Any, numel: int | None = None, **constants: Any
 ) -> list[Launch]:
-    """A kernel over all groups of x, or over as many groups as hold ``numel`` of its elements."""
-    found = pieces(x.numel() if numel is None else numel, group, x.element_size())
-    return [piece.launch(kernel, *arguments, **constants, GROUP=group) for piece in found]
+    """A kernel over all groups of x, or over as many groups as hold ``numel`` of its elements.
+
+    On a GPU its configuration is the fastest, found when a large tensor first comes by.
+    """
+    size = x.numel() if numel is None else numel
+
+    def made(config: Config) -> list[Launch]:
+        found = pieces(size, group, x.element_size(), config)
+        return [piece.launch(kernel, *arguments, **constants, GROUP=group) for piece in found]
+
+    kind = (kernel, x.dtype, x.device, group, *constants.items())
+    if kind not in _fastest and size >= _TIMED and can_time(x):
+        _fastest[kind] = min(CONFIGS, key=lambda config: seconds(made(config)))
+    return made(_fastest.get(kind, CONFIGS[0]))
 
 
-def _tile(width: int, warp: int, vector: int) -> tuple[int, int]:
+def _tile(width: int, vector: int, least: int) -> tuple[int, int]:
     """(rows, warps) of programs whose threads hold `vector` elements of each lane."""
-    warps = min(max(width // (warp * vector), 4), 16)
+    warp = warp_size()
+    warps = min(max(width // (warp * vector), least), 16)
     return max(warps * warp * vector // width, 1), warps
 
 
@@ -139,6 +167,21 @@ def lane_masks(size, eighth, WIDTH: tl.constexpr, FAST: tl.constexpr):
         return [
             (column < eighth) & (lane * eighth + column < size) for lane in (0, 1, 2, 3, 4, 5, 6, 7)
         ]
+
+
+@triton.jit
+def tile(
+    numel, first, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, FAST: tl.constexpr
+):
+    """(its first element, sizes of groups, length of a lane, offsets, what exists, what has codes).
+
+    Of a program whose lanes are eighths of a group, as they are but for padded and pooled groups.
+    """
+    start = tile_start(first, GROUP, ROWS)
+    size = group_sizes(numel, start, GROUP, ROWS, FAST)
+    eighth = (size + 7) // 8
+    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
+    return start, size, eighth, offsets, inside, coded_mask(size, eighth, WIDTH, FAST)
 
 
 @triton.jit

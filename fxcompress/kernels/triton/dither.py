@@ -13,16 +13,12 @@ from fxcompress import rng
 from fxcompress.kernels.triton import Launch
 from fxcompress.kernels.triton.affine import load_grid
 from fxcompress.kernels.triton.common import (
-    coded_mask,
-    group_sizes,
     hash_bits,
-    lane_masks,
-    lane_offsets,
     launches,
     load_codes,
     store_float,
     stream_keys,
-    tile_start,
+    tile,
 )
 
 
@@ -44,11 +40,7 @@ def decode_kernel(
     FAST: tl.constexpr,
 ):
     k_a, k_b = stream_keys(key, stream)
-    start = tile_start(first, GROUP, ROWS)
-    size = group_sizes(numel, start, GROUP, ROWS, FAST)
-    eighth = (size + 7) // 8
-    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
-    coded = coded_mask(size, eighth, WIDTH, FAST)
+    start, size, eighth, offsets, inside, coded = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
     lanes = load_codes(codes + start // 8 * BITS, eighth, coded, GROUP, BITS)
     step, lo = load_grid(steps, minima, start // GROUP, size)
     for lane in tl.static_range(8):

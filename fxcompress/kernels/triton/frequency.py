@@ -15,17 +15,13 @@ from fxcompress import rng
 from fxcompress.kernels.triton import Launch
 from fxcompress.kernels.triton.affine import quantize
 from fxcompress.kernels.triton.common import (
-    coded_mask,
-    group_sizes,
-    lane_masks,
-    lane_offsets,
     launches,
     load_codes,
     load_lanes,
     store_codes,
     store_float,
     stream_keys,
-    tile_start,
+    tile,
 )
 from fxcompress.kernels.triton.space import Space, as_low, load_spread, lookup
 
@@ -62,10 +58,7 @@ def encode_kernel(
     FAST: tl.constexpr,
 ):
     k_a, k_b = stream_keys(key, stream)
-    start = tile_start(first, GROUP, ROWS)
-    sizes = group_sizes(numel, start, GROUP, ROWS, FAST)
-    eighth = (sizes + 7) // 8
-    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(sizes, eighth, WIDTH, FAST)
+    start, _, eighth, offsets, inside, coded = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
     lanes = load_lanes(x + start, offsets, inside, 0)
     drawn = [
         draw(
@@ -75,7 +68,6 @@ def encode_kernel(
         )
         for lane in (0, 1, 2, 3, 4, 5, 6, 7)
     ]
-    coded = coded_mask(sizes, eighth, WIDTH, FAST)
     store_codes(codes + start // 8 * BITS, drawn, eighth, coded, GROUP, BITS)
 
 
@@ -148,11 +140,7 @@ def decode_kernel(
     WIDTH: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    start = tile_start(first, GROUP, ROWS)
-    sizes = group_sizes(numel, start, GROUP, ROWS, FAST)
-    eighth = (sizes + 7) // 8
-    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(sizes, eighth, WIDTH, FAST)
-    coded = coded_mask(sizes, eighth, WIDTH, FAST)
+    start, _, eighth, offsets, inside, coded = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
     lanes = load_codes(codes + start // 8 * BITS, eighth, coded, GROUP, BITS)
     R: tl.constexpr = RUN if FAST else 1
     for lane in tl.static_range(8):

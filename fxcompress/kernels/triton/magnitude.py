@@ -13,11 +13,7 @@ from fxcompress import rng
 from fxcompress.kernels.triton import Launch
 from fxcompress.kernels.triton.common import (
     ceil_bf16,
-    coded_mask,
-    group_sizes,
     hash_bits,
-    lane_masks,
-    lane_offsets,
     largest,
     launches,
     load_codes,
@@ -25,7 +21,7 @@ from fxcompress.kernels.triton.common import (
     store_codes,
     store_float,
     stream_keys,
-    tile_start,
+    tile,
 )
 
 
@@ -60,10 +56,7 @@ def encode_kernel(
     FAST: tl.constexpr,
 ):
     k_a, k_b = stream_keys(key, stream)
-    start = tile_start(first, GROUP, ROWS)
-    size = group_sizes(numel, start, GROUP, ROWS, FAST)
-    eighth = (size + 7) // 8
-    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
+    start, size, eighth, offsets, inside, coded = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
     lanes = load_lanes(x + start, offsets, inside, 0)
     lanes = [lane.to(tl.float32) for lane in lanes]
     most, finite = largest(lanes)
@@ -82,7 +75,6 @@ def encode_kernel(
         draw(lanes[lane], r, regular & inside[lane], start + offsets[lane], k_a, k_b, LEVELS)
         for lane in (0, 1, 2, 3, 4, 5, 6, 7)
     ]
-    coded = coded_mask(size, eighth, WIDTH, FAST)
     store_codes(codes + start // 8 * BITS, drawn, eighth, coded, GROUP, BITS)
     if not FAST:  # where the codes end at an odd byte, all programs clear the one after it
         end = (numel.to(tl.int64) + 7) // 8 * BITS
@@ -113,11 +105,7 @@ def decode_kernel(
     WIDTH: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    start = tile_start(first, GROUP, ROWS)
-    size = group_sizes(numel, start, GROUP, ROWS, FAST)
-    eighth = (size + 7) // 8
-    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
-    coded = coded_mask(size, eighth, WIDTH, FAST)
+    start, size, eighth, offsets, inside, coded = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
     lanes = load_codes(codes + start // 8 * BITS, eighth, coded, GROUP, BITS)
     groups = start // GROUP + tl.arange(0, ROWS)[:, None]
     step = (tl.load(steps + groups, size > 0, other=0).to(tl.int32) << 16).to(

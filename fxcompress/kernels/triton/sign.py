@@ -11,10 +11,6 @@ from torch import Tensor
 
 from fxcompress.kernels.triton import Launch
 from fxcompress.kernels.triton.common import (
-    coded_mask,
-    group_sizes,
-    lane_masks,
-    lane_offsets,
     largest,
     launches,
     load_codes,
@@ -23,7 +19,7 @@ from fxcompress.kernels.triton.common import (
     round_to_int,
     store_codes,
     store_float,
-    tile_start,
+    tile,
 )
 
 
@@ -40,13 +36,9 @@ def encode_kernel(
     WIDTH: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    start = tile_start(first, GROUP, ROWS)
-    size = group_sizes(numel, start, GROUP, ROWS, FAST)
-    eighth = (size + 7) // 8
-    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
+    start, size, eighth, offsets, inside, coded = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
     lanes = load_lanes(x + start, offsets, inside, 0)
     lanes = [lane.to(tl.float32) for lane in lanes]
-    coded = coded_mask(size, eighth, WIDTH, FAST)
     signs = [(lane > 0).to(tl.int32) for lane in lanes]
     store_codes(codes + start // 8, signs, eighth, coded, GROUP, 1)
     if SCALED:
@@ -80,11 +72,7 @@ def decode_kernel(
     WIDTH: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    start = tile_start(first, GROUP, ROWS)
-    size = group_sizes(numel, start, GROUP, ROWS, FAST)
-    eighth = (size + 7) // 8
-    offsets, inside = lane_offsets(eighth, GROUP, WIDTH), lane_masks(size, eighth, WIDTH, FAST)
-    coded = coded_mask(size, eighth, WIDTH, FAST)
+    start, size, eighth, offsets, inside, coded = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
     lanes = load_codes(codes + start // 8, eighth, coded, GROUP, 1)
     scale = tl.full((ROWS, 1), 1.0, tl.float32)
     if SCALED:
