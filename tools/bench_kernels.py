@@ -405,10 +405,20 @@ def _timed(family: str, bits: int, dtype: str, size: int, repeats: int) -> CpuRo
     timed = {name: partial(harness.seconds, call) for name, call in calls.items()}
     taken = {n: harness.spread(s) for n, s in harness.interleaved(timed, repeats).items()}
     clone = taken["clone"].median
-    ratios = (taken[name].median / clone for name in calls if name != "clone")
-    shown = (taken[name] for name in ("clone", "encode", "decode"))
-    ranges = (f"{t.low / clone:.2f} to {t.high / clone:.2f}" for t in shown)
-    return CpuRow(c.name, bits, dtype, *ratios, *ranges)
+    ratio = {name: t.median / clone for name, t in taken.items()}
+    ranges = {name: f"{t.low / clone:.2f} to {t.high / clone:.2f}" for name, t in taken.items()}
+    return CpuRow(
+        codec=c.name,
+        bits=bits,
+        dtype=dtype,
+        encode_vs_clone=ratio["encode"],
+        decode_vs_clone=ratio["decode"],
+        encode_reused=ratio["encode_reused"],
+        decode_reused=ratio["decode_reused"],
+        clone_range=ranges["clone"],
+        encode_range=ranges["encode"],
+        decode_range=ranges["decode"],
+    )
 
 
 # ---- lowerings: measured, and kept for plans ----
