@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -22,7 +24,7 @@ from torch.utils.checkpoint import (
 from fxcompress import Plan, report, torch_private
 from fxcompress.passes.capture import Cut, output_args, pair, placeholders, receive
 from fxcompress.passes.properties import storage_root
-from fxcompress.pipeline import Partitioner
+from fxcompress.pipeline import Partitioner, plan_graph
 from fxcompress.settings import make
 
 Modules = tuple[fx.GraphModule, fx.GraphModule]
@@ -583,3 +585,29 @@ def test_symbolic_sizes_keep_their_order() -> None:
     assert any(torch_private.is_sym_node(n) for n in placeholders(recorder.after.forward))
     assert encodes(recorder.after)
     check_order(recorder)
+
+
+class Deep(nn.Module):
+    """One long chain of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.last = nn.Parameter(torch.ones(32)), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(40):
+            x = (x * self.scale).sin()
+        return self.last(F.normalize(x, dim=-1))
+
+
+def test_nothing_recurses_along_the_graph() -> None:
+    """Python's stack is shorter than a large model's backward."""
+    cut = record(Deep(), torch.randn(4, 32)).before
+    limit, depth = sys.getrecursionlimit(), len(inspect.stack(0))
+    sys.setrecursionlimit(depth + 60)
+    try:
+        planned = plan_graph(cut, make(policy="uniform8", min_bytes=0, inner="aot_eager"))
+    finally:
+        sys.setrecursionlimit(limit)
+    assert planned.decision is not None
+    assert any("affine" in t.representation for t in planned.plan.tensors)
