@@ -462,8 +462,9 @@ def _lowering(spec: str) -> LoweringRow:
         return torch.where(value, 0.0, gradient) if isinstance(c, Bits) else value * gradient
 
     def kernel(payload: Tensor, gradient: Tensor, key: Tensor) -> Tensor:
-        decoded = torch.ops.fxcompress.decode(payload, key, spec, 0, [count], [0], x.dtype)
-        return read(decoded, gradient)
+        kind = torch.uint8 if isinstance(c, Bits) else x.dtype  # as passes/booleans.py
+        decoded = torch.ops.fxcompress.decode(payload, key, spec, 0, [count], [0], kind)
+        return read(decoded.float() != 0 if isinstance(c, Bits) else decoded, gradient)
 
     def inlined(payload: Tensor, gradient: Tensor, key: Tensor) -> Tensor:
         return read(c.pointwise(payload, count, x.dtype, rng.stream_keys(key, 0)), gradient)

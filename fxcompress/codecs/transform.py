@@ -48,7 +48,7 @@ from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys, channel_axis
 from fxcompress.codecs.dither import Dither
 from fxcompress.codecs.rotate import Rotate
 from fxcompress.codecs.subsample import Subsample
-from fxcompress.kernels import triton
+from fxcompress.kernels import cpu, triton
 from fxcompress.persistent import persistent
 
 if TYPE_CHECKING:
@@ -114,7 +114,10 @@ class Transform(Codec):
         start = 0
         for number, codec, count in self._classes():
             span = slice(start, start + count)
-            bands = z[span] if order is None else z.index_select(0, order[span])
+            bands = z[span]
+            if order is not None:
+                bands = cpu.empty(bands.shape, z.device)
+                torch.index_select(z, 0, order[span], out=bands)
             part = codec.encode(bands, key, _stream(stream, number))
             payload[at : at + part.numel()] = part
             start, at = start + count, at + _aligned(part.numel())
@@ -150,7 +153,7 @@ class Transform(Codec):
             at += _aligned(2 * len(mean))
         numbers, place = _numbers_of(payload[VERSION:], bands), self._place(x)
         order = numbers.argsort(descending=True, stable=True)
-        z = payload.new_empty((bands, positions), dtype=torch.float32)
+        z = cpu.empty((bands, positions), payload.device)
         start = 0
         for number, codec, count in self._classes():
             shape, span = [count, positions], slice(start, start + count)
@@ -327,7 +330,7 @@ def analyse(
         rows = rows.view(count, -1, y.shape[-1])  # [frequencies, positions, channels]
         stop = start + rows.shape[1]
         if z is None:  # not earlier: three buffers, of a part that is the whole, are one too many
-            z = y.new_empty(count, blocks, width, positions, dtype=torch.float32)
+            z = cpu.empty((count, blocks, width, positions), y.device)
         for block, lanes in enumerate(rows.split(width, 2)):
             out = z[:, block, :, start:stop]
             torch.bmm(matrices[block].expand(count, -1, -1), lanes.mT, out=out)

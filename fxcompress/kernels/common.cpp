@@ -175,3 +175,5 @@ bool choose_float(int type, int bits, Call call) {
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT void fxc_want_huge_pages(void* start, i64 bytes) { want_huge_pages(start, bytes); }

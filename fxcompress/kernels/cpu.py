@@ -54,12 +54,23 @@ def _library() -> ctypes.CDLL | None:
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, ctypes.c_bool
+        pages = library.fxc_want_huge_pages
+        pages.argtypes, pages.restype = (_pointer, _i64), None
     return library
 
 
 def available() -> bool:
     """True where the kernels could be compiled. The first call compiles them (some seconds)."""
     return _library() is not None
+
+
+def empty(shape: Sequence[int], device: torch.device) -> Tensor:
+    """fp32 memory for a pass of its own; on CPU in huge pages, of which fewer fault at first."""
+    x = torch.empty(list(shape), dtype=torch.float32, device=device)
+    library = _library() if device.type == "cpu" else None
+    if library is not None:
+        library.fxc_want_huge_pages(x.data_ptr(), x.nbytes)
+    return x
 
 
 def affine_encode(x: Tensor, payload: Tensor, bits: int, group: int, k_a: int, k_b: int) -> None:
