@@ -204,7 +204,9 @@ class SideBySide:
         """Relative, squared, of the plan under what a calibration on this step measures."""
         settings = self.settings["lossy"]
         assert graph.recorded is not None
-        calibration = evidence_of([graph.recorded], group=settings.group)
+        coded = [t for t in graph.plans["lossy"].tensors if "(" in t.representation]
+        used = {t.name: t.representation for t in coded}
+        calibration = evidence_of([graph.recorded], group=settings.group, used=used)
         found = plan_graph(graph.plain.copy(), replace(settings, calibration=calibration))
         return found.plan.predicted_variance
 

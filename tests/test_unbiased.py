@@ -262,9 +262,14 @@ def held(name: str, policy: str, steps: int, **settings: Any) -> None:
     assert found.bias < allowed + 2 * found.chance
 
 
+# DIVISION codes inputs of convolutions and batch norms: none of a GPT's.
+CASES = [(n, *u) for n in ("cnn", "gpt") for u in UNBIASED if (n, u[0]) != ("gpt", "division")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("policy", "settings"), UNBIASED, ids=[p for p, _ in UNBIASED])
-@pytest.mark.parametrize("name", ["cnn", "gpt"])
+@pytest.mark.parametrize(
+    ("name", "policy", "settings"), CASES, ids=[f"{n}-{p}" for n, p, _ in CASES]
+)
 def test_mean_of_a_thousand_seeds(name: str, policy: str, settings: dict[str, Any]) -> None:
     held(name, policy, 1000, **settings)
 

@@ -137,6 +137,8 @@ def _graphs(subject: Subject, policy: str = "uniform4") -> Row:
         return replace(row, status=_without_tensors(plan))
     noises = [g.noise for g in graphs if g.noise is not None]
     norm = sum(n.norm for n in noises) or 1.0
+    if not math.isfinite(norm):
+        return replace(row, status=PLAIN_FAILS, reason="its gradients are not finite")
     noise, bias = (math.sqrt(sum(getattr(n, k) for n in noises) / norm) for k in ("noise", "bias"))
     row = replace(row, ratio=_ratio(plan), noise=noise, bias=bias)
     if subject.predict:
