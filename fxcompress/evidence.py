@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,10 @@ class Calibration:
 
     def key(self) -> str:
         """Content hash, part of the key of every graph planned from it."""
+        return self._key
+
+    @cached_property
+    def _key(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:24]
 
 

@@ -253,7 +253,7 @@ def test_bench_step_json(factory: str, tmp_path: Path, capsys, monkeypatch):
     result = json.loads(printed.splitlines()[-1])
     assert list(result["policies"]) == ["inductor", "uniform4", "inductor@0"]
     plain, ours, again = result["policies"].values()
-    keys = {"saved_mb", "peak_mb", "planned_peak_mb", "step_s", "step_ratio", "compile_s"}
+    keys = {"saved_mb", "peak_mb", "planned_peak_mb", "step_s", "step_ratio", "cold_s", "warm_s"}
     assert keys | {"grad_error"} <= plain.keys() == ours.keys()
     assert plain["planned_peak_mb"] is None
     assert plain["step_ratio"] == 1
@@ -263,3 +263,17 @@ def test_bench_step_json(factory: str, tmp_path: Path, capsys, monkeypatch):
     assert 0 < ours["grad_error"] < 0.5
     assert ours["saved_mb"] < plain["saved_mb"] / 3
     assert result["machine"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow  # four compiles of a GPT
+def test_bench_batch_json(tmp_path: Path, capsys):
+    """Batches that were run stay within the budget; the next larger one tried does not."""
+    arguments = ["bench", "batch", "gpt:tiny", "--size", "32", "--budget-mb", "6", "--json"]
+    arguments += ["--policies", "uniform2", "--tries", "2", "--output", str(tmp_path / "kept.json")]
+    assert cli.main(arguments) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    plain, ours = result["policies"]["inductor"], result["policies"]["uniform2"]
+    assert 0 < plain["batch"] < ours["batch"]
+    for row in (plain, ours):
+        assert row["peak_mb"] <= 6
+        assert row["too_large"] is None or row["too_large"] > row["batch"]

@@ -15,6 +15,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 from fxcompress.errors import FxCompressError
 from fxcompress.tools import (
     bench_accuracy,
+    bench_batch,
     bench_budget,
     bench_codecs,
     bench_kernels,
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add(benches, "step", bench_step, "memory, time and gradient error of a training step")
     _add(benches, "budget", bench_budget, "whether budgets hold: planned and measured peaks")
+    _add(benches, "batch", bench_batch, "the largest batch within a peak, found by measuring")
     _add(benches, "noise", bench_noise, "gradient noise of each policy at equal saved bytes")
     _add(benches, "zeros", bench_zeros, "what exact zeros in the saved tensors would save")
     _add(benches, "accuracy", bench_accuracy, "train with several policies, over several seeds")
