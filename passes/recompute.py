@@ -4,7 +4,8 @@ Min-cut saves both the input and the output of a GELU, both a convolution's outp
 its batch norm: it counts kernels, and reading either is as fast. Here the second one costs a
 payload, its encode and its decode, while rebuilding it fuses into the read of the first. Only steps
 that do not magnify an error are taken, so the rebuilt tensor is about as far off as its source. A
-tensor that a mask tells all about (signs) is rebuilt from the mask.
+tensor that a mask tells all about (signs) is rebuilt from the mask; under autocast, the cast of a
+weight from the weight, which is there anyway.
 
 This runs before the analysis: comparisons of a rebuilt tensor show up as readers of its source and
 are hoisted like any other.
@@ -20,7 +21,7 @@ from torch import fx
 
 from fxcompress import torch_private
 from fxcompress.passes import properties as prop
-from fxcompress.passes.capture import Cut, Saved, output_args, pair, receive, save
+from fxcompress.passes.capture import Cut, Saved, output_args, pair, placeholders, receive, save
 from fxcompress.passes.insert import clusters
 
 # Slope about 1 at most (mul and add are bounded by the statistics and parameters they involve).
@@ -68,28 +69,32 @@ def recompute(cut: Cut, min_bytes: int) -> Cut:
 def find_recipes(cut: Cut, min_bytes: int) -> list[Recipe]:
     """Recipes for saved tensors, none of which needs another one's tensor."""
     held = {prop.storage_root(n) for n in cut.outputs if isinstance(n, fx.Node)}
-    available = {s.forward for s in cut.saved}
+    inputs = placeholders(cut.forward)
+    parameters = {inputs[i] for i in cut.static_inputs if prop.is_tensor(inputs[i])}
+    available = {s.forward for s in cut.saved} | parameters
     mutated = torch_private.mutated_inputs(cut.forward)
     recipes = []
     for saved in sorted(cut.saved, key=lambda s: s.forward):
         node = saved.forward
         value = prop.value(node)
         if (
-            node.op == "placeholder"
+            prop.storage_root(node).op == "placeholder"
             or value.dtype not in prop.FLOATS
             or prop.storage_root(node) in held
             or torch_private.must_save(node)
             or torch_private.size_hint(value.numel()) * value.element_size() < min_bytes
         ):
             continue
-        recipe = _recipe(saved, available - {node}, mutated)
+        recipe = _recipe(saved, available - {node}, parameters, mutated)
         if recipe is not None:
             available.discard(node)
             recipes.append(recipe)
     return recipes
 
 
-def _recipe(saved: Saved, available: set[fx.Node], mutated: set[fx.Node]) -> Recipe | None:
+def _recipe(
+    saved: Saved, available: set[fx.Node], parameters: set[fx.Node], mutated: set[fx.Node]
+) -> Recipe | None:
     """Steps back from the tensor to one large saved tensor and small values; None if too far.
 
     A mask will do for the large one, saved or not: it takes a bit where the tensor took a float.
@@ -116,7 +121,7 @@ def _recipe(saved: Saved, available: set[fx.Node], mutated: set[fx.Node]) -> Rec
             return None
         steps[node] = None
         pending.extend(node.all_input_nodes)
-    is_one = len(large) == 1 and not any(n.op == "placeholder" for n in large)
+    is_one = len(large) == 1 and all(n.op != "placeholder" or n in parameters for n in large)
     return Recipe(saved, tuple(sorted(steps)), tuple(sources)) if is_one else None
 
 

@@ -127,3 +127,37 @@ def test_signs_are_rebuilt_from_their_mask() -> None:
     assert "sub" in [s.name for s in recorder.before.saved]
     kinds = representations(recorder)
     assert (kinds["sub"], kinds["le"]) == ("recompute", "bits(bits=1)")
+
+
+def test_casts_of_weights_are_rebuilt_from_the_weights() -> None:
+    """Autocast saves a cast of each weight, which is no activation and nothing to add noise to."""
+
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(
+                nn.Linear(64, 64, bias=False), nn.SiLU(), nn.Linear(64, 64, bias=False)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.layers(x).float().square().mean()
+
+    recorder = record(Cast(), torch.randn(256, 64, requires_grad=True), policy="uniform4")
+    before = {s.name: s.forward for s in recorder.before.saved}
+    casts = {
+        name
+        for name, node in before.items()
+        if node.meta["val"].dtype == torch.bfloat16 and node.meta["val"].shape == (64, 64)
+    }
+    assert casts
+    found = representations(recorder)
+    assert {found.get(name, "recompute") for name in casts} <= {"recompute"}
+    held = fxcompress.check(
+        Cast(),
+        torch.randn(256, 64),
+        seeds=2,
+        with_backend=fxcompress.backend(policy="lossless", inner="aot_eager"),
+    )
+    assert held.noise == 0
