@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +56,11 @@ class TensorEvidence:
     grad_square: float = 0.0
     elements: int = 0
     through: Mapping[str, float] = field(default_factory=dict)
+
+    def again(self, rebuilt: Collection[str]) -> float:
+        """What noise in this tensor does through tensors that are rebuilt, over what it does by
+        itself."""
+        return sum(share for name, share in self.through.items() if name in rebuilt)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from torch import Tensor, fx
 
 from fxcompress import torch_private
 from fxcompress.automatic import HELD, Slices, measured_on, slices_of_batch
-from fxcompress.evidence import Calibration, Price, signature
+from fxcompress.evidence import Calibration, signature
 from fxcompress.ladder import cost
+from fxcompress.passes.rewrite import RECOMPUTE, Choice
 from fxcompress.pipeline import Planned
 from fxcompress.planner import make_plan
 from fxcompress.settings import Settings
@@ -141,13 +142,14 @@ class Replanner:
             evidence=evidence,
         )
 
-        def noise(choices: Sequence[Any]) -> float:
-            prices = [
-                evidence[c.candidate.name].prices.get(c.codec_spec, Price(0.0))
-                for c in choices
-                if c.codec_spec is not None and c.candidate.name in evidence
-            ]
-            return sum(cost(p) for p in prices)
+        def noise(choices: Sequence[Choice]) -> float:
+            rebuilt = {c.candidate.name for c in choices if c.representation == RECOMPUTE}
+            total = 0.0
+            for choice in choices:
+                known, spec = evidence.get(choice.candidate.name), choice.codec_spec
+                if known is not None and spec is not None and spec in known.prices:
+                    total += (1 + known.again(rebuilt)) * cost(known.prices[spec])
+            return total
 
         return noise(self.planned.decision.choices), noise(fresh.choices)
 

@@ -124,9 +124,8 @@ def _prices(evidence: TensorEvidence | None) -> Mapping[str, Price]:
 
 
 def _price(evidence: TensorEvidence, spec: str, chosen: Mapping[str, str]) -> float:
-    again = sum(s for n, s in evidence.through.items() if chosen.get(n) == RECOMPUTE)
     price = evidence.prices[spec]
-    return (1 + again) * price.variance + price.bias
+    return (1 + evidence.again(_rebuilt(chosen))) * price.variance + price.bias
 
 
 def _dearer(evidence: TensorEvidence, spec: str, factor: float) -> TensorEvidence:
