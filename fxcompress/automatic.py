@@ -64,7 +64,7 @@ def automatic(
     steps: list[Step] = []
     found = report.recall_calibration(graph)
     if found is not None and alone:
-        return found, ()
+        return (found if found.graphs else None), ()
     if found is None:
         found, steps = _attempt(module, inputs, settings)
     if not alone:
@@ -72,7 +72,7 @@ def automatic(
         found = Calibration.from_json(text) if text else None
     if found is not None:
         report.remember_calibration(graph, found)
-    return found, steps[-1] if steps else ()
+    return (found if found is not None and found.graphs else None), steps[-1] if steps else ()
 
 
 def record_part(module: fx.GraphModule, inputs: Sequence[Any], settings: Settings) -> Step:
@@ -104,7 +104,8 @@ def _attempt(
     try:
         with torch_private.outside_compile(), torch.random.fork_rng():
             steps = _recorded(module, inputs, settings)
-            return (evidence_of(*steps, group=settings.group) if steps else None), steps
+            # An empty one is remembered too: a later process need not find out again.
+            return evidence_of(*steps, group=settings.group) if steps else Calibration(()), steps
     except Exception as error:  # never the reason why a training does not start
         log.warning("no calibration on the first batch, plans are made by guesses: %s", error)
         return None, []

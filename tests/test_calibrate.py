@@ -448,3 +448,24 @@ def test_operators_without_derivative_are_passed_by_trial(
         assert found.prices[spec].variance == pytest.approx(measured, rel=0.35), name
     assert len(perturbed) == without
     assert evidence
+
+
+def test_a_budget_without_room_to_calibrate_is_found_out_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The smallest part of the batch is two samples: an eighth, whose derivatives take too much."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.manual_seed(0)
+    layers = [m for _ in range(6) for m in (nn.Linear(64, 64), nn.SiLU())]
+    model, x = nn.Sequential(*layers), torch.randn(16, 256, 64)
+    messages = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        caplog.clear()
+        backend = fxcompress.backend(budget_mb=7.0, inner="aot_eager")
+        with caplog.at_level("INFO", logger="fxcompress"):
+            torch.compile(model, backend=backend)(x).square().mean().backward()
+        messages.append(caplog.text)
+        assert not backend.plan().calibrated
+    assert "leaves no room to calibrate" in messages[0]
+    assert "leaves no room to calibrate" not in messages[1]
