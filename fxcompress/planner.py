@@ -278,6 +278,12 @@ def _solved(
         return _least_peak_at(settings, program, evidence)
     assert settings.ratio_saved is not None
     found = least_noise(program, saved=plain.saved_bytes / settings.ratio_saved)
+    if found is None:  # a graph of losses, say, may save nothing but what is left alone
+        small = sum(
+            c.storage_bytes for c in plain.candidates if c.storage_bytes < settings.min_bytes
+        )
+        allowed = small + (plain.saved_bytes - small) / settings.ratio_saved
+        found = least_noise(program, saved=allowed)
     if found is None:
         lowest = least_saved(program)
         assert lowest is not None  # nothing else is asked of it

@@ -111,6 +111,29 @@ def edited(plan: Plan, path: Path, edit: Callable[[dict[str, Any]], None]) -> Pa
     return path
 
 
+# --- a share of the saved bytes ------------------------------------------------------------------
+
+
+def test_a_graph_of_small_tensors_refuses_no_ratio() -> None:
+    """Behind a graph break, what a loss saves is under `min_bytes` and left as it is."""
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.deep = Deep()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.deep.layers(x)
+            torch._dynamo.graph_break()
+            return nn.functional.cross_entropy(y, torch.zeros(len(y), dtype=torch.long))
+
+    backend = fxcompress.backend(ratio_saved=8, inner="aot_eager")
+    torch.compile(Broken(), backend=backend)(batch()).backward()
+    plan = backend.plan()
+    assert plan.graphs == 2
+    assert plan.saved_bytes_before > 7.5 * plan.saved_bytes
+
+
 # --- time -----------------------------------------------------------------------------------------
 
 
