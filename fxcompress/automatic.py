@@ -72,7 +72,9 @@ def automatic(
         found = Calibration.from_json(text) if text else None
     if found is not None:
         report.remember_calibration(graph, found)
-    return (found if found is not None and found.graphs else None), steps[-1] if steps else ()
+    # Ranks would have to agree on what they see in a trial.
+    step = steps[-1] if steps and alone else ()
+    return (found if found is not None and found.graphs else None), step
 
 
 def record_part(module: fx.GraphModule, inputs: Sequence[Any], settings: Settings) -> Step:
