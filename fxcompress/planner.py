@@ -46,6 +46,7 @@ log = logging.getLogger("fxcompress")
 
 DEFAULT_BITS = 4  # "auto" with neither budget nor ratio
 MEANWHILE = 0.05  # noise that a graph may have until those after it are known
+FEW = 16  # times min_bytes: a graph that saves no more than this refuses no ratio_saved
 MOMENTS = 400  # of the timeline that a plan carries
 
 
@@ -278,12 +279,8 @@ def _solved(
         return _least_peak_at(settings, program, evidence)
     assert settings.ratio_saved is not None
     found = least_noise(program, saved=plain.saved_bytes / settings.ratio_saved)
-    if found is None:  # a graph of losses, say, may save nothing but what is left alone
-        small = sum(
-            c.storage_bytes for c in plain.candidates if c.storage_bytes < settings.min_bytes
-        )
-        allowed = small + (plain.saved_bytes - small) / settings.ratio_saved
-        found = least_noise(program, saved=allowed)
+    if found is None and plain.saved_bytes <= FEW * settings.min_bytes:
+        return least_saved(program)  # a loss behind a graph break, say: labels and statistics
     if found is None:
         lowest = least_saved(program)
         assert lowest is not None  # nothing else is asked of it
