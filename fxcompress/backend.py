@@ -13,7 +13,7 @@ import torch
 from fxcompress import report, rng, torch_private
 from fxcompress.automatic import automatic, record_part
 from fxcompress.errors import FxCompressError
-from fxcompress.pipeline import Partitioner, Planned, Role, shares_a_budget
+from fxcompress.pipeline import Partitioner, Planned, Role, may_be_tried, shares_a_budget
 from fxcompress.plan import Plan, merge
 from fxcompress.planner import Given
 from fxcompress.policies import policy
@@ -74,8 +74,7 @@ class Backend:
         def again(
             settings: Settings, inputs: Sequence[Any], old: Planned
         ) -> tuple[Callable[..., Any], Planned | None]:
-            self.plans.pop(old.plan.key(), None)
-            self.partitioner.ledger.forget(old.plan.key())
+            self._forget(old)
             with torch_private.resumed(context):
                 fresh = torch_private.copy_dynamo_graph(kept)
                 return self._compile(fresh, inputs, settings, mode, patches)
@@ -117,14 +116,18 @@ class Backend:
         def again(
             inputs: Sequence[Any], given: Given, old: Planned
         ) -> tuple[Callable[..., Any], Planned | None]:
-            self.plans.pop(old.plan.key(), None)
-            self.partitioner.ledger.forget(old.plan.key())
+            self._forget(old)
             with torch_private.resumed(context):
                 fresh = torch_private.copy_dynamo_graph(kept)
                 part = Role(is_part=True, given=given)
                 return self._compile(fresh, inputs, settings, mode, patches, part)
 
         return self.whole.add(Graph(settings, planned, compiled, again, role.is_early, frame))
+
+    def _forget(self, old: Planned) -> None:
+        """The graph is about to be compiled anew, by another plan."""
+        self.plans.pop(old.plan.key(), None)
+        self.partitioner.ledger.forget(old.plan.key())
 
     def _compile(
         self,
@@ -138,7 +141,8 @@ class Backend:
         """(what runs, what was decided if that is to be made again)."""
         frame, ledger = torch_private.compile_id(), self.partitioner.ledger
         name = report.graph_key(module, inputs, Partitioner(settings, ledger).key())
-        kept = torch_private.copy_dynamo_graph(module)
+        is_tried = may_be_tried(settings)
+        kept = torch_private.copy_dynamo_graph(module) if is_tried else module
         calibration, step = automatic(module, inputs, settings, name)
         if calibration is not None:
             settings = replace(settings, calibration=calibration)
@@ -148,7 +152,8 @@ class Backend:
         self.partitioner.plans.clear()
         self.partitioner.planned, self.partitioner.role = None, role
         self.partitioner.calibration = None
-        self.partitioner.recorded = lambda: step or record_part(kept, inputs, settings)
+        if is_tried:
+            self.partitioner.recorded = lambda: step or record_part(kept, inputs, settings)
         try:
             if settings.inner == "aot_eager":
                 compiled = torch_private.compile_with_aot_eager(module, inputs, self.partitioner)

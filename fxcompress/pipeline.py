@@ -200,9 +200,14 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         artefacts.show_plan(key, plan)
 
 
+def may_be_tried(settings: Settings) -> bool:
+    """Plans are solved for within a bound, by prices that a trial could put right."""
+    return settings.is_bounded and policy(settings.policy).solves
+
+
 def _is_worth_a_trial(found: Planned, settings: Settings, role: Role) -> bool:
     """The plan was made by measured prices, and has noise that they could be wrong about."""
-    if role.given is not None or not (settings.is_bounded and policy(settings.policy).solves):
+    if role.given is not None or not may_be_tried(settings):
         return False
     return found.plan.calibrated and found.plan.predicted_variance > 0
 
