@@ -1,5 +1,6 @@
-"""The operators that a rewritten graph calls: fxcompress::next_key, encode and decode; and, where
-payloads wait in host memory, to_host and to_device. fxcompress::region stands in users' graphs.
+"""The operators that a rewritten graph calls: fxcompress::next_key, encode and decode; those that
+code with what the graph does just before or after, in one pass; and, where payloads wait in host
+memory, to_host and to_device. fxcompress::region stands in users' graphs.
 
 They are opaque to Inductor (single-pass kernels), deterministic given their key, and carry no
 autograd formula: they appear in graphs that AOTAutograd has already differentiated.
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fxcompress import rng
 from fxcompress.codecs import codec as parse
+from fxcompress.codecs import fused
 
 # Called with the plan's name whenever a step draws its key, before anything is encoded.
 on_step: list[Callable[[str], None]] = []
@@ -29,6 +31,21 @@ _library.define(
 _library.define(
     "decode(Tensor payload, Tensor? key, str codec, int stream, SymInt[] shape, int[] order, "
     "ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
+)
+_library.define(
+    "encode_filled(Tensor x, Tensor fill, Tensor? key, str codec, int stream, int[] order) "
+    "-> (Tensor, Tensor)",
+    tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
+)
+_library.define(
+    "encode_standardised(Tensor x, Tensor mean, Tensor rstd, Tensor? key, str codec, int stream, "
+    "int[] order) -> Tensor",
+    tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
+)
+_library.define(
+    "decode_filled(Tensor payload, Tensor mask, Tensor? key, str codec, int stream, "
+    "SymInt[] shape, int[] order, ScalarType dtype) -> Tensor",
     tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
 )
 # nondeterministic_seeded: not dropped, folded into a constant or recomputed. AOTAutograd's CSE
@@ -65,6 +82,50 @@ def decode(
     """The tensor of a payload: `shape` as x had it, its memory dense in `order`."""
     stored = [shape[dim] for dim in order]
     return parse(codec).decode(payload, stored, dtype, key, stream).permute(_inverse(order))
+
+
+def encode_filled(
+    x: Tensor, fill: Tensor, key: Tensor | None, codec: str, stream: int, order: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The payload of ``where(x <= 0, fill, x)``, and that of ``x <= 0`` by bits(bits=1).
+
+    fill: 0-dim, of x's dtype. The rest, and in which order payloads hold the elements: as `encode`.
+    """
+    stored = x.permute(list(order)).contiguous()
+    return fused.encode_filled(parse(codec), stored, fill, key, stream)
+
+
+def encode_standardised(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    key: Tensor | None,
+    codec: str,
+    stream: int,
+    order: Sequence[int],
+) -> Tensor:
+    """The payload of ``(x - mean) * rstd``, in the dtype that PyTorch gives it.
+
+    mean, rstd: of x's rank, broadcastable to x. The rest as `encode`.
+    """
+    x, mean, rstd = (t.permute(list(order)) for t in (x, mean, rstd))
+    return fused.encode_standardised(parse(codec), x.contiguous(), mean, rstd, key, stream)
+
+
+def decode_filled(
+    payload: Tensor,
+    mask: Tensor,
+    key: Tensor | None,
+    codec: str,
+    stream: int,
+    shape: Sequence[int],
+    order: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """What `decode` gives, and 0 where the mask that `encode_filled` gave is set."""
+    stored = [shape[dim] for dim in order]
+    decoded = fused.decode_filled(parse(codec), payload, mask, stored, dtype, key, stream)
+    return decoded.permute(_inverse(order))
 
 
 def next_key(plan: str, device: torch.device) -> Tensor:
@@ -108,6 +169,9 @@ def _nothing(policy: str) -> None:
 
 _library.impl("encode", encode, "CompositeExplicitAutograd")
 _library.impl("decode", decode, "CompositeExplicitAutograd")
+_library.impl("encode_filled", encode_filled, "CompositeExplicitAutograd")
+_library.impl("encode_standardised", encode_standardised, "CompositeExplicitAutograd")
+_library.impl("decode_filled", decode_filled, "CompositeExplicitAutograd")
 _library.impl("next_key", next_key, "CompositeExplicitAutograd")
 _library.impl("region", _nothing, "CompositeExplicitAutograd")
 _library.impl("to_host", to_host, "CompositeExplicitAutograd")
@@ -134,6 +198,45 @@ def _decode_fake(
 ) -> Tensor:
     stored = [shape[dim] for dim in order]
     return payload.new_empty(stored, dtype=dtype).permute(_inverse(order))
+
+
+@torch.library.register_fake("fxcompress::encode_filled", lib=_library)
+def _encode_filled_fake(
+    x: Tensor, fill: Tensor, key: Tensor | None, codec: str, stream: int, order: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    stored = [x.shape[dim] for dim in order]
+    sizes = parse(codec).payload_bytes(stored, x.dtype), fused.mask_bytes(stored)
+    payload, mask = (x.new_empty(size, dtype=torch.uint8) for size in sizes)
+    return payload, mask
+
+
+@torch.library.register_fake("fxcompress::encode_standardised", lib=_library)
+def _encode_standardised_fake(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    key: Tensor | None,
+    codec: str,
+    stream: int,
+    order: Sequence[int],
+) -> Tensor:
+    stored = [x.shape[dim] for dim in order]
+    dtype = torch.promote_types(torch.promote_types(x.dtype, mean.dtype), rstd.dtype)
+    return x.new_empty(parse(codec).payload_bytes(stored, dtype), dtype=torch.uint8)
+
+
+@torch.library.register_fake("fxcompress::decode_filled", lib=_library)
+def _decode_filled_fake(
+    payload: Tensor,
+    mask: Tensor,
+    key: Tensor | None,
+    codec: str,
+    stream: int,
+    shape: Sequence[int],
+    order: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return _decode_fake(payload, key, codec, stream, shape, order, dtype)
 
 
 @torch.library.register_fake("fxcompress::next_key", lib=_library)

@@ -60,6 +60,15 @@ def test_opcheck() -> None:
         torch.library.opcheck(ops.decode.default, arguments)
         torch.library.opcheck(ops.to_host.default, (payload,))
         torch.library.opcheck(ops.to_device.default, (payload, CPU))
+    scale = torch.rand(1, 3, 1, 1)
+    for spec in ("affine(bits=4)", "dither(bits=2)", "rotate(bits=2)", "cast(format=bf16)"):
+        filling = (x, x.mean(), key, spec, 1, order)
+        torch.library.opcheck(ops.encode_filled.default, filling)
+        torch.library.opcheck(
+            ops.encode_standardised.default, (x.bfloat16(), scale, scale, key, spec, 1, order)
+        )
+        arguments = (*ops.encode_filled(*filling), key, spec, 1, list(x.shape), order, x.dtype)
+        torch.library.opcheck(ops.decode_filled.default, arguments)
     # Of next_key, all but what compares two calls: they differ.
     names = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.next_key.default, ("", CPU), test_utils=names)
@@ -71,7 +80,10 @@ def test_every_operator_is_checked() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("fxcompress::")
     }
-    assert names == {"encode", "decode", "next_key", "to_host", "to_device", "region"}
+    assert names == {
+        *("encode", "encode_filled", "encode_standardised", "decode", "decode_filled"),
+        *("next_key", "to_host", "to_device", "region"),
+    }
 
 
 def test_host_round_trip_is_exact() -> None:
@@ -87,12 +99,17 @@ def test_host_round_trip_is_exact() -> None:
 def test_ops_compile(backend: str, dynamic: bool) -> None:
     ops, order, spec = torch.ops.fxcompress, [0, 2, 3, 1], "affine(bits=4)"
 
-    def step(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def step(x: Tensor) -> tuple[Tensor, ...]:
         key, unused = ops.next_key("", x.device), ops.next_key("", x.device)
         y = x.relu()
         payload = ops.encode(y, key, spec, 0, order)
-        mask = ops.encode(y > 0, key, "bits(bits=1)", 1, order)
-        return payload, mask, ops.decode(payload, key, spec, 0, y.shape, order, y.dtype), unused
+        mask = ops.encode(y <= 0, key, "bits(bits=1)", 1, order)
+        decoded = ops.decode(payload, key, spec, 0, y.shape, order, y.dtype)
+        mean = y.amax((0, 2, 3), keepdim=True)
+        units = ops.encode_standardised(y, mean, mean + 1, key, spec, 2, order)
+        both = ops.encode_filled(y, y.amax(), key, spec, 3, order)
+        zeroed = ops.decode_filled(*both, key, spec, 3, y.shape, order, y.dtype)
+        return payload, mask, decoded, unused, units, *both, zeroed
 
     torch._dynamo.reset()
     compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=dynamic)
@@ -103,7 +120,8 @@ def test_ops_compile(backend: str, dynamic: bool) -> None:
         rng.manual_seed(size)
         found = compiled(x)
         assert all(map(torch.equal, found, expected))
-        assert found[2].stride() == x.stride()
+        assert found[2].stride() == found[7].stride() == x.stride()
+        assert torch.equal(found[1], found[6])
         assert found[3][1] == 1  # the second key of the step: neither merged nor folded
         assert compiled(x)[3][1] == 3
     rng.manual_seed(None)

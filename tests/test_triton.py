@@ -37,6 +37,7 @@ from fxcompress.codecs.sign import Sign
 from fxcompress.codecs.subsample import Subsample
 from fxcompress.codecs.transform import Transform
 from fxcompress.kernels import triton as kernels
+from fxcompress.kernels.prologue import Filled, Standardised
 
 if TYPE_CHECKING:
     from fxcompress.kernels.triton.aot import Code
@@ -142,6 +143,35 @@ def check(c: Codec, x: Tensor) -> None:
     assert same_numbers(found, decoded), c
 
 
+def reference(c: Codec, x: Tensor) -> Tensor:
+    payload = torch.zeros(c.payload_bytes(x.shape, x.dtype), dtype=torch.uint8)
+    c.encode_reference(x, payload, rng.stream_keys(step_key(), STREAM))
+    return payload
+
+
+def check_masked(c: Affine | Dither | Rotate, x: Tensor) -> None:
+    """A mask is written as x is read, and again read as x is written: as one after the other."""
+    zeros, fill = x <= 0, torch.tensor(0.7, dtype=x.dtype)
+    expected, packed = reference(c, torch.where(zeros, fill, x)), reference(Bits(1), zeros)
+    payload, mask = torch.full_like(expected, 0xAB), torch.full_like(packed, 0xAB)
+    assert c.encode_kernel(x, payload, step_key(), STREAM, Filled(fill, mask))
+    assert torch.equal(payload, expected), c
+    assert torch.equal(mask, packed), c
+    decoded, found = torch.empty_like(x), torch.empty_like(x)
+    c.decode_reference(payload, decoded, rng.stream_keys(step_key(), STREAM))
+    assert c.decode_kernel(payload, found, step_key(), STREAM, mask)
+    assert same_numbers(found, torch.where(zeros, 0, decoded)), c
+
+
+def check_standardised(c: Affine | Dither | Rotate, x: Tensor, channels: int, inner: int) -> None:
+    mean, rstd = torch.randn(channels), torch.rand(channels) + 0.1
+    channel = torch.arange(x.numel()) // inner % channels
+    expected = reference(c, (x - mean[channel]) * rstd[channel])
+    payload = torch.full_like(expected, 0xAB)
+    assert c.encode_kernel(x, payload, step_key(), STREAM, Standardised(mean, rstd, inner))
+    assert torch.equal(payload, expected), c
+
+
 @interpreted
 @pytest.mark.parametrize(("bits", "dtype"), WIDTHS)
 def test_affine(bits: int, dtype: torch.dtype) -> None:
@@ -169,6 +199,17 @@ def test_dither(bits: int, dtype: torch.dtype) -> None:
 def test_rotate(bits: int, dtype: torch.dtype) -> None:
     group, scale = (256, 128, 512)[bits % 3], ("eden", "lsq")[bits % 2]
     check(Rotate(bits, group, scale), awkward(tile(dtype) + 333, dtype))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("c", "dtype"), zip((Affine(4), Dither(2), Rotate(3)), FLOATS, strict=True), ids=str
+)
+def test_fused(c: Affine | Dither | Rotate, dtype: torch.dtype) -> None:
+    for x in (awkward(tile(dtype) + 333, dtype), awkward(5, dtype)):
+        check_masked(c, x)
+        for channels, inner in ((48, 1), (5, 77)):
+            check_standardised(c, x, channels, inner)
 
 
 @interpreted
@@ -501,13 +542,14 @@ def test_transform_brings_its_constants_to_the_device_once(
 @pytest.mark.slow
 @compiled
 def test_no_kernel_spills_or_reads_narrowly() -> None:
-    from fxcompress.tools import bench_kernels
+    from fxcompress.tools import compiled_kernels
 
-    rows = list(bench_kernels.compiled())
-    assert {row.target for row in rows} == set(bench_kernels.TARGETS)
+    rows = list(compiled_kernels.compiled())
+    assert {row.target for row in rows} == set(compiled_kernels.TARGETS)
     for row in rows:
         assert row.spills == 0, row
         assert row.tensor_access_bytes == 16, row
         # What elements look up, a few bytes each, is counted for each; caches serve it.
         looks_up = row.kernel.startswith(("frequency", "adaptive", "average(beta=0.5,along=space"))
+        looks_up |= "in units" in row.kernel
         assert 0.99 <= row.bytes_ratio < (5 if looks_up else 1.02), row

@@ -55,20 +55,22 @@ from torch import Tensor
 from fxcompress import rng
 from fxcompress.codecs import grid as grids
 from fxcompress.codecs import pointwise
-from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys
+from fxcompress.codecs.base import FLOATS, ErrorModel, Keys
+from fxcompress.codecs.fused import GROUP, Fusing
 from fxcompress.codecs.grid import META, MIN_STEP, Grid
 from fxcompress.codecs.payload import Section, carve, section_bytes
 from fxcompress.codecs.planar import code_bytes
 from fxcompress.codecs.sharing import PER, Sharing, sharing
 from fxcompress.errors import CodecError
 from fxcompress.kernels import cpu, triton
+from fxcompress.kernels.prologue import Prologue
 
 _SCALES = {"minimum": ("range",), "integer": ("range",), "symmetric": ("max", "percentile")}
 _MOST_ZERO = 32767
 
 
 @dataclass(frozen=True)
-class Affine(Codec):
+class Affine(Fusing):
     """`bits` (1..8) a code, one grid a `group` of elements (a multiple of 8), or as `per` says."""
 
     bits: int = 4
@@ -113,16 +115,28 @@ class Affine(Codec):
         """As `Codec.unbiased`: stochastic, and nothing clips."""
         return self.stochastic and (self.zero == "minimum" or self.scale == "max")
 
+    @property
+    def fuses(self) -> bool:
+        """As `Codec.fuses`."""
+        return self._has_kernels and self.stochastic and self.group == GROUP
+
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         return section_bytes(*self._sections(shape))
 
-    def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
+    def encode_kernel(
+        self,
+        x: Tensor,
+        payload: Tensor,
+        key: Tensor | None,
+        stream: int,
+        before: Prologue | None = None,
+    ) -> bool:
         if self._has_kernels and triton.takes(x, self.group):
             from fxcompress.kernels.triton import affine as gpu
 
             sections = self.carve(payload, x.shape)
             drawn_by = key if self.stochastic else None
-            triton.run(gpu.encode(x, sections, self.bits, self.group, drawn_by, stream))
+            triton.run(gpu.encode(x, sections, self.bits, self.group, drawn_by, stream, before))
             return True
         if (
             not (self._has_kernels and self.stochastic)
@@ -132,19 +146,26 @@ class Affine(Codec):
             return False
         assert key is not None
         k_a, k_b = rng.stream_key_ints(key, stream)
-        cpu.affine_encode(x, payload, self.bits, self.group, k_a, k_b)
+        cpu.affine_encode(x, payload, self.bits, self.group, k_a, k_b, before)
         return True
 
-    def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+    def decode_kernel(
+        self,
+        payload: Tensor,
+        x: Tensor,
+        key: Tensor | None,
+        stream: int,
+        mask: Tensor | None = None,
+    ) -> bool:
         if self._has_kernels and triton.takes(x, self.group):
             from fxcompress.kernels.triton import affine as gpu
 
             sections = self.carve(payload, x.shape)
-            triton.run(gpu.decode(sections, x, self.bits, self.group))
+            triton.run(gpu.decode(sections, x, self.bits, self.group, mask))
             return True
         if not self._has_kernels or x.device.type != "cpu" or not cpu.available():
             return False
-        cpu.affine_decode(payload, x, self.bits, self.group)
+        cpu.affine_decode(payload, x, self.bits, self.group, mask)
         return True
 
     def carve(self, payload: Tensor, shape: Sequence[int]) -> list[Tensor]:

@@ -77,6 +77,12 @@ class Codec(ABC):
         """The mean of decode(encode(x)) over random keys is x."""
         return True
 
+    @property
+    def fuses(self) -> bool:
+        """`encode_filled`, `encode_standardised` and `decode_filled` (codecs/fused.py) run in one
+        pass, where a kernel runs at all."""
+        return False
+
     @abstractmethod
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Exact payload size of a tensor of `shape` (storage order) and `dtype`.
@@ -148,7 +154,7 @@ class Codec(ABC):
         x = x.detach().contiguous()
         size = self.payload_bytes(x.shape, x.dtype)
         payload = x.new_empty(size, dtype=torch.uint8)
-        if not self._runs(self.encode_kernel, x, payload, key, stream):
+        if not self.runs(self.encode_kernel, x, payload, key, stream):
             keys = None if key is None else rng.stream_keys(key, stream)
             self.encode_reference(x, payload.zero_(), keys)
         return payload
@@ -165,6 +171,17 @@ class Codec(ABC):
 
         Raises CodecError where the payload's length does not belong to the shape.
         """
+        payload = self.check_payload(payload, shape, dtype, key)
+        x = payload.new_empty(list(shape), dtype=dtype)
+        if not self.runs(self.decode_kernel, payload, x, key, stream):
+            keys = None if key is None else rng.stream_keys(key, stream)
+            self.decode_reference(payload, x, keys)
+        return x
+
+    def check_payload(
+        self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype, key: Tensor | None
+    ) -> Tensor:
+        """The payload, contiguous; raises CodecError where `decode` does."""
         self.check_dtype(dtype)
         if self.decode_needs_key and key is None:
             raise CodecError(f"{self} draws random bits: pass the key the tensor was encoded with")
@@ -174,14 +191,9 @@ class Codec(ABC):
                 f"{self} wants uint8[{expected}] for {math.prod(shape)} elements, "
                 f"got {payload.dtype}{list(payload.shape)}: pass the payload with its own shape"
             )
-        payload = payload.contiguous()
-        x = payload.new_empty(list(shape), dtype=dtype)
-        if not self._runs(self.decode_kernel, payload, x, key, stream):
-            keys = None if key is None else rng.stream_keys(key, stream)
-            self.decode_reference(payload, x, keys)
-        return x
+        return payload.contiguous()
 
-    def _runs(self, kernel: Callable[..., bool], *arguments: object) -> bool:
+    def runs(self, kernel: Callable[..., bool], *arguments: object) -> bool:
         """The kernel did it. Where it cannot be built the family goes on by its reference."""
         if self.name in _unbuilt:
             return False

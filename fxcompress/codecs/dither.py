@@ -30,15 +30,17 @@ from torch import Tensor
 from fxcompress import rng
 from fxcompress.codecs import pointwise
 from fxcompress.codecs.affine import Affine
-from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys
+from fxcompress.codecs.base import FLOATS, ErrorModel, Keys
+from fxcompress.codecs.fused import GROUP, Fusing
 from fxcompress.codecs.payload import carve
 from fxcompress.codecs.planar import code_bytes, group_chunks, unpack
 from fxcompress.errors import CodecError
 from fxcompress.kernels import cpu, triton
+from fxcompress.kernels.prologue import Prologue
 
 
 @dataclass(frozen=True)
-class Dither(Codec):
+class Dither(Fusing):
     """`bits` (1..8) a code, one bf16 pair a `group` of elements (a multiple of 8)."""
 
     bits: int = 4
@@ -54,23 +56,43 @@ class Dither(Codec):
         if self.group < 8 or self.group % 8:
             raise CodecError(f"{self}: group must be a multiple of 8, at least 8")
 
+    @property
+    def fuses(self) -> bool:
+        """As `Codec.fuses`."""
+        return self.group == GROUP
+
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         return self._affine.payload_bytes(shape, dtype)
 
-    def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
-        return self._affine.encode_kernel(x, payload, key, stream)
+    def encode_kernel(
+        self,
+        x: Tensor,
+        payload: Tensor,
+        key: Tensor | None,
+        stream: int,
+        before: Prologue | None = None,
+    ) -> bool:
+        return self._affine.encode_kernel(x, payload, key, stream, before)
 
-    def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+    def decode_kernel(
+        self,
+        payload: Tensor,
+        x: Tensor,
+        key: Tensor | None,
+        stream: int,
+        mask: Tensor | None = None,
+    ) -> bool:
         if key is not None and triton.takes(x, self.group):
             from fxcompress.kernels.triton import dither as gpu
 
             sections = self._carve(payload, x.numel())
-            triton.run(gpu.decode(sections, x, self.bits, self.group, key, stream))
+            triton.run(gpu.decode(sections, x, self.bits, self.group, key, stream, mask))
             return True
         if x.device.type != "cpu" or not cpu.available():
             return False
         assert key is not None
-        cpu.dither_decode(payload, x, self.bits, self.group, *rng.stream_key_ints(key, stream))
+        k_a, k_b = rng.stream_key_ints(key, stream)
+        cpu.dither_decode(payload, x, self.bits, self.group, k_a, k_b, mask)
         return True
 
     def error(self, x: Tensor) -> ErrorModel:

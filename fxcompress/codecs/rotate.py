@@ -46,12 +46,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxcompress import rng
-from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys
+from fxcompress.codecs.base import FLOATS, ErrorModel, Keys
+from fxcompress.codecs.fused import GROUP, Fusing
 from fxcompress.codecs.levels import levels
 from fxcompress.codecs.payload import Section, carve, section_bytes
 from fxcompress.codecs.planar import group_chunks, pack, unpack
 from fxcompress.errors import CodecError
 from fxcompress.kernels import cpu, triton
+from fxcompress.kernels.prologue import Prologue
 
 _BF16 = torch.bfloat16
 _NAN = 0x7FC0  # of bf16
@@ -60,7 +62,7 @@ _SECOND, _SCALES = 1 << 30, 1 << 31  # where the second signs' and the scales' h
 
 
 @dataclass(frozen=True)
-class Rotate(Codec):
+class Rotate(Fusing):
     """`bits` (1..5) a code; a bf16 scale and, unless `mean` is none, mean a `group` of elements.
 
     scale: eden (unbiased) or lsq (least squares: less error, but every value is drawn to the mean).
@@ -90,38 +92,57 @@ class Rotate(Codec):
         """With the scale of EDEN; see the top of the file for how nearly."""
         return self.scale == "eden"
 
+    @property
+    def fuses(self) -> bool:
+        """As `Codec.fuses`."""
+        return self.group == GROUP
+
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         return section_bytes(*self._sections(math.prod(shape)))
 
-    def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
-        if key is not None and triton.takes(x, self.group):
-            from fxcompress.kernels.triton import rotate as gpu
-
-            parts = carve(payload, *self._sections(x.numel()))
-            eden, found = self.scale == "eden", levels(self.bits)
-            triton.run(gpu.encode(x, parts, found, self.bits, self.group, eden, key, stream))
-            return True
-        if x.device.type != "cpu" or not cpu.available():
-            return False
-        assert key is not None
-        k_a, k_b = rng.stream_key_ints(key, stream)
-        table, eden = levels(self.bits).table, self.scale == "eden"
-        cpu.rotate_encode(x, payload, table, self.bits, self.group, eden, self._centred, k_a, k_b)
-        return True
-
-    def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+    def encode_kernel(
+        self,
+        x: Tensor,
+        payload: Tensor,
+        key: Tensor | None,
+        stream: int,
+        before: Prologue | None = None,
+    ) -> bool:
         if key is not None and triton.takes(x, self.group):
             from fxcompress.kernels.triton import rotate as gpu
 
             parts, found = carve(payload, *self._sections(x.numel())), levels(self.bits)
-            triton.run(gpu.decode(parts, x, found, self.bits, self.group, key, stream))
+            kind = (self.bits, self.group, self.scale == "eden")
+            triton.run(gpu.encode(x, parts, found, *kind, key, stream, before))
             return True
         if x.device.type != "cpu" or not cpu.available():
             return False
         assert key is not None
         k_a, k_b = rng.stream_key_ints(key, stream)
-        table = levels(self.bits).table
-        cpu.rotate_decode(payload, x, table, self.bits, self.group, self._centred, k_a, k_b)
+        table, kinds = levels(self.bits).table, (self.scale == "eden", self._centred)
+        cpu.rotate_encode(x, payload, table, self.bits, self.group, *kinds, k_a, k_b, before)
+        return True
+
+    def decode_kernel(
+        self,
+        payload: Tensor,
+        x: Tensor,
+        key: Tensor | None,
+        stream: int,
+        mask: Tensor | None = None,
+    ) -> bool:
+        if key is not None and triton.takes(x, self.group):
+            from fxcompress.kernels.triton import rotate as gpu
+
+            parts, found = carve(payload, *self._sections(x.numel())), levels(self.bits)
+            triton.run(gpu.decode(parts, x, found, self.bits, self.group, key, stream, mask))
+            return True
+        if x.device.type != "cpu" or not cpu.available():
+            return False
+        assert key is not None
+        k_a, k_b = rng.stream_key_ints(key, stream)
+        how = (levels(self.bits).table, self.bits, self.group, self._centred)
+        cpu.rotate_decode(payload, x, *how, k_a, k_b, mask)
         return True
 
     def error(self, x: Tensor) -> ErrorModel:

@@ -10,6 +10,7 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
+from fxcompress.kernels.prologue import Filled, Prologue, Standardised
 from fxcompress.torch_private import load_cpp
 
 _FORMATS = ("bf16", "fp16", "e4m3", "e5m2")
@@ -19,26 +20,38 @@ _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PARALLEL = 1 << 16
 
 # One translation unit, in this order.
-_SOURCES = ("common", "affine", "bits", "cast", "dither", "magnitude", "rotate", "subsample")
+_SOURCES = (
+    *("common", "prologue", "affine", "bits", "cast", "dither", "magnitude", "rotate", "subsample"),
+)
 
 _pointer, _i64, _int, _u32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32
+
+
+class _Prologue(ctypes.Structure):  # prologue.cpp
+    _fields_ = [
+        *((name, _pointer) for name in ("fill", "mask", "mean", "rstd")),
+        *((name, _i64) for name in ("channels", "inner")),
+    ]
+
+
+_before = ctypes.POINTER(_Prologue)
 _ARGUMENTS = {
-    "fxc_affine_encode": (_pointer, _pointer, _i64, _i64, _int, _int, _u32, _u32, _int),
-    "fxc_affine_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _int),
+    "fxc_affine_encode": (_pointer, _pointer, _i64, _i64, _int, _int, _before, _u32, _u32, _int),
+    "fxc_affine_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _pointer, _int),
     "fxc_bits_encode": (_pointer, _pointer, _i64, _i64, _int, _int, _int),
     "fxc_bits_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _int),
     "fxc_cast_encode": (_pointer, _pointer, _i64, _i64, _int, _int, _int, _u32, _u32, _int),
     "fxc_cast_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _int),
-    "fxc_dither_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _u32, _u32, _int),
+    "fxc_dither_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _pointer, _u32, _u32, _int),
     "fxc_magnitude_encode": (_pointer, _pointer, *(_i64,) * 2, *(_int,) * 4, _u32, _u32, _int),
     "fxc_magnitude_decode": (_pointer, _pointer, *(_i64,) * 2, *(_int,) * 4),
     "fxc_rotate_encode": (
         *(_pointer, _pointer, _i64, _pointer, _int, _i64, _int, _int, _int),
-        *(_u32, _u32, _int),
+        *(_before, _u32, _u32, _int),
     ),
     "fxc_rotate_decode": (
         *(_pointer, _pointer, _i64, _pointer, _int, _i64, _int, _int),
-        *(_u32, _u32, _int),
+        *(_pointer, _u32, _u32, _int),
     ),
     "fxc_subsample_encode": (_pointer, _pointer, _i64, _pointer, _int, _int, _u32, _u32, _int),
     "fxc_subsample_decode": (_pointer, _pointer, _i64, _pointer, _int, _int, _u32, _u32, _int),
@@ -73,15 +86,25 @@ def empty(shape: Sequence[int], device: torch.device) -> Tensor:
     return x
 
 
-def affine_encode(x: Tensor, payload: Tensor, bits: int, group: int, k_a: int, k_b: int) -> None:
+def affine_encode(
+    x: Tensor,
+    payload: Tensor,
+    bits: int,
+    group: int,
+    k_a: int,
+    k_b: int,
+    before: Prologue | None = None,
+) -> None:
     """Write the payload of `x` (float32, bfloat16 or float16). See `codecs.affine`."""
     kind = _FLOATS[x.dtype]
-    _call("fxc_affine_encode", x, x, payload, group, bits, kind, k_a, k_b)
+    _call("fxc_affine_encode", x, x, payload, group, bits, kind, _prologue(before), k_a, k_b)
 
 
-def affine_decode(payload: Tensor, x: Tensor, bits: int, group: int) -> None:
+def affine_decode(
+    payload: Tensor, x: Tensor, bits: int, group: int, mask: Tensor | None = None
+) -> None:
     """Fill `x` (float32, bfloat16 or float16) from its payload. See `codecs.affine`."""
-    _call("fxc_affine_decode", x, payload, x, group, bits, _FLOATS[x.dtype])
+    _call("fxc_affine_decode", x, payload, x, group, bits, _FLOATS[x.dtype], _address(mask))
 
 
 def bits_encode(x: Tensor, payload: Tensor, bits: int, low: int) -> None:
@@ -110,9 +133,18 @@ def cast_decode(payload: Tensor, x: Tensor, format: str, group: int) -> None:
     _call("fxc_cast_decode", x, payload, x, group, _FORMATS.index(format), _FLOATS[x.dtype])
 
 
-def dither_decode(payload: Tensor, x: Tensor, bits: int, group: int, k_a: int, k_b: int) -> None:
+def dither_decode(
+    payload: Tensor,
+    x: Tensor,
+    bits: int,
+    group: int,
+    k_a: int,
+    k_b: int,
+    mask: Tensor | None = None,
+) -> None:
     """Fill `x` (float32, bfloat16 or float16) from its payload. See `codecs.dither`."""
-    _call("fxc_dither_decode", x, payload, x, group, bits, _FLOATS[x.dtype], k_a, k_b)
+    kinds = (bits, _FLOATS[x.dtype], _address(mask))
+    _call("fxc_dither_decode", x, payload, x, group, *kinds, k_a, k_b)
 
 
 def magnitude_encode(
@@ -139,11 +171,12 @@ def rotate_encode(
     centred: bool,
     k_a: int,
     k_b: int,
+    before: Prologue | None = None,
 ) -> None:
     """Write the payload of `x` (float32, bfloat16 or float16). See `codecs.rotate`."""
     levels, kind = _int32s(table), _FLOATS[x.dtype]
-    at = ctypes.addressof(levels)
-    _call("fxc_rotate_encode", x, x, payload, at, bits, group, eden, centred, kind, k_a, k_b)
+    kinds = (ctypes.addressof(levels), bits, group, eden, centred, kind, _prologue(before))
+    _call("fxc_rotate_encode", x, x, payload, *kinds, k_a, k_b)
 
 
 def rotate_decode(
@@ -155,11 +188,12 @@ def rotate_decode(
     centred: bool,
     k_a: int,
     k_b: int,
+    mask: Tensor | None = None,
 ) -> None:
     """Fill `x` (float32, bfloat16 or float16) from its payload. See `codecs.rotate`."""
     levels, kind = _int32s(table), _FLOATS[x.dtype]
-    at = ctypes.addressof(levels)
-    _call("fxc_rotate_decode", x, payload, x, at, bits, group, centred, kind, k_a, k_b)
+    kinds = (ctypes.addressof(levels), bits, group, centred, kind, _address(mask))
+    _call("fxc_rotate_decode", x, payload, x, *kinds, k_a, k_b)
 
 
 def subsample_encode(
@@ -184,11 +218,25 @@ def _int32s(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
     return (ctypes.c_int32 * len(values))(*values)
 
 
+def _prologue(before: Prologue | None) -> _Prologue | None:
+    """Where its numbers are; it keeps none of its tensors alive."""
+    if isinstance(before, Filled):
+        return _Prologue(fill=before.fill.data_ptr(), mask=before.mask.data_ptr())
+    if isinstance(before, Standardised):
+        mean, rstd = before.mean, before.rstd
+        return _Prologue(None, None, mean.data_ptr(), rstd.data_ptr(), mean.numel(), before.inner)
+    return None
+
+
+def _address(mask: Tensor | None) -> int | None:
+    return None if mask is None else mask.data_ptr()
+
+
 def _log2(size: int) -> int:
     return size.bit_length() - 1
 
 
-def _call(name: str, x: Tensor, source: Tensor, target: Tensor, *arguments: int) -> None:
+def _call(name: str, x: Tensor, source: Tensor, target: Tensor, *arguments: object) -> None:
     numel = x.numel()
     threads = torch.get_num_threads() if numel >= _PARALLEL else 1
     function = getattr(_library(), name)

@@ -4,7 +4,7 @@ namespace {
 
 template <class Type>
 void decode_dither(const u8* payload, typename Type::Stored* x, i64 numel, i64 group, int bits,
-                   u32 k_a, u32 k_b, int threads) {
+                   const u8* mask, u32 k_a, u32 k_b, int threads) {
     const i64 code_bytes = up8(numel) / 8 * bits, groups = (numel + group - 1) / group;
     const u16* steps = reinterpret_cast<const u16*>(payload + (code_bytes + 1) / 2 * 2);
     const u16* minima = steps + groups;
@@ -27,16 +27,17 @@ void decode_dither(const u8* payload, typename Type::Stored* x, i64 numel, i64 g
             value = value < -Type::limit ? -Type::limit : value;
             out[i] = Type::store(value);
         }
+        if (mask) clear_masked(out, size, mask + start / 8, codes);
     });
 }
 
 }  // namespace
 
 EXPORT bool fxc_dither_decode(const u8* payload, void* x, i64 numel, i64 group, int bits,
-                              int type, u32 k_a, u32 k_b, int threads) {
+                              int type, const u8* mask, u32 k_a, u32 k_b, int threads) {
     return choose<F32, BF16, F16>(type, [=](auto t) {
         auto* out = static_cast<typename decltype(t)::Stored*>(x);
-        decode_dither<decltype(t)>(payload, out, numel, group, bits, k_a, k_b, threads);
+        decode_dither<decltype(t)>(payload, out, numel, group, bits, mask, k_a, k_b, threads);
         return true;
     });
 }

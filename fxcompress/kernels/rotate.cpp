@@ -304,13 +304,18 @@ struct Sections {
 
 template <class Type, int bits>
 void encode_rotate(const typename Type::Stored* x, u8* payload, const int32_t* levels, i64 numel,
-                   i64 group, bool eden, bool centred, Keys keys, int threads) {
+                   i64 group, bool eden, bool centred, const Prologue* before, Keys keys,
+                   int threads) {
     const Levels<bits> table(levels);
     const Sections<bits> sections(payload, numel, group);
     for_groups(numel, group, threads, [=](i64 start, i64 size, u8* codes) {
         alignas(32) float c[most];
+        if (before) {
+            prepare<Type>(x, start, size, *before, c, codes);
+        } else {
 #pragma omp simd
-        for (i64 i = 0; i < size; i++) c[i] = Type::load(x[start + i]);
+            for (i64 i = 0; i < size; i++) c[i] = Type::load(x[start + i]);
+        }
         const Centre found = centre(c, size, centred);
         const i64 g = start / group;
         sections.scales[g] = quantise<bits>(c, size, found.unit, table, eden, 1.0f,
@@ -322,7 +327,7 @@ void encode_rotate(const typename Type::Stored* x, u8* payload, const int32_t* l
 
 template <class Type, int bits>
 void decode_rotate(const u8* payload, typename Type::Stored* x, const int32_t* levels, i64 numel,
-                   i64 group, bool centred, Keys keys, int threads) {
+                   i64 group, bool centred, const u8* mask, Keys keys, int threads) {
     const Levels<bits> table(levels);
     const Sections<bits> sections(const_cast<u8*>(payload), numel, group);
     for_output_groups(x, numel, group, threads, [=](i64 start, i64 size, u8* codes) {
@@ -334,6 +339,7 @@ void decode_rotate(const u8* payload, typename Type::Stored* x, const int32_t* l
         const float mean = centred ? BF16::load(sections.means[g]) : -0.0f;  // keeps a zero's sign
         const float scale = BF16::load(sections.scales[g]);
         store_group<Type>(h, x + start, size, mean, scale, word, keys);
+        if (mask) clear_masked(x + start, size, mask + start / 8, codes);
     });
 }
 
@@ -348,22 +354,22 @@ bool choose_rotation(int type, int bits, Call call) {
 }  // namespace
 
 EXPORT bool fxc_rotate_encode(const void* x, u8* payload, i64 numel, const int32_t* levels,
-                              int bits, i64 group, int eden, int centred, int type, u32 k_a,
-                              u32 k_b, int threads) {
+                              int bits, i64 group, int eden, int centred, int type,
+                              const Prologue* before, u32 k_a, u32 k_b, int threads) {
     return choose_rotation(type, bits, [=](auto t, auto b) {
         auto* in = static_cast<const typename decltype(t)::Stored*>(x);
-        encode_rotate<decltype(t), b()>(in, payload, levels, numel, group, eden, centred,
+        encode_rotate<decltype(t), b()>(in, payload, levels, numel, group, eden, centred, before,
                                         Keys{k_a, k_b}, threads);
         return true;
     });
 }
 
 EXPORT bool fxc_rotate_decode(const u8* payload, void* x, i64 numel, const int32_t* levels,
-                              int bits, i64 group, int centred, int type, u32 k_a, u32 k_b,
-                              int threads) {
+                              int bits, i64 group, int centred, int type, const u8* mask,
+                              u32 k_a, u32 k_b, int threads) {
     return choose_rotation(type, bits, [=](auto t, auto b) {
         auto* out = static_cast<typename decltype(t)::Stored*>(x);
-        decode_rotate<decltype(t), b()>(payload, out, levels, numel, group, centred,
+        decode_rotate<decltype(t), b()>(payload, out, levels, numel, group, centred, mask,
                                         Keys{k_a, k_b}, threads);
         return true;
     });

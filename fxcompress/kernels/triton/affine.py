@@ -10,17 +10,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fxcompress import rng
+from fxcompress.kernels.prologue import Prologue
 from fxcompress.kernels.triton import Launch
 from fxcompress.kernels.triton.common import (
     hash_bits,
     launches,
     load_codes,
-    load_lanes,
     store_codes,
     store_float,
     stream_keys,
     tile,
 )
+from fxcompress.kernels.triton.fused import clear_masked, operands, prepared_lanes
 
 
 @triton.jit
@@ -99,9 +100,16 @@ def encode_kernel(
     steps,
     minima,
     key,
+    fill,
+    mask,
+    mean,
+    rstd,
+    channels,
+    inner,
     numel,
     stream,
     first,
+    BEFORE: tl.constexpr,
     BITS: tl.constexpr,
     NEAREST: tl.constexpr,
     GROUP: tl.constexpr,
@@ -114,8 +122,10 @@ def encode_kernel(
     else:
         k_a, k_b = stream_keys(key, stream)
     start, size, eighth, offsets, inside, coded = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
-    lanes = load_lanes(x + start, offsets, inside, 0)
-    lanes = [lane.to(tl.float32) for lane in lanes]
+    lanes = prepared_lanes(
+        *(x, start, size, offsets, inside, fill, mask, mean, rstd, channels, inner),
+        *(BEFORE, GROUP, FAST),
+    )
     drawn, step, lo = code(lanes, inside, offsets, start, k_a, k_b, BITS, NEAREST)
     store_codes(codes + start // 8 * BITS, drawn, eighth, coded, GROUP, BITS)
     store_grid(steps, minima, start // GROUP, size, step, lo)
@@ -139,8 +149,10 @@ def decode_kernel(
     steps,
     minima,
     x,
+    mask,
     numel,
     first,
+    MASKED: tl.constexpr,
     LIMIT: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -151,9 +163,11 @@ def decode_kernel(
     start, size, eighth, offsets, inside, coded = tile(numel, first, GROUP, ROWS, WIDTH, FAST)
     lanes = load_codes(codes + start // 8 * BITS, eighth, coded, GROUP, BITS)
     step, lo = load_grid(steps, minima, start // GROUP, size)
+    lanes = [lo + lane.to(tl.float32) * step for lane in lanes]
+    if MASKED:
+        lanes = clear_masked(lanes, mask, start, size, offsets, inside, GROUP, FAST)
     for lane in tl.static_range(8):
-        value = lo + lanes[lane].to(tl.float32) * step
-        store_float(x + start + offsets[lane], value, inside[lane], LIMIT)
+        store_float(x + start + offsets[lane], lanes[lane], inside[lane], LIMIT)
 
 
 def encode(
@@ -163,21 +177,26 @@ def encode(
     group: int,
     key: Tensor | None,
     stream: int,
+    before: Prologue | None = None,
 ) -> list[Launch]:
     """What writes the payload's sections (codes, steps, minima) of a contiguous x.
 
     key: None rounds to nearest.
     """
+    kind, others = operands(before)
     codes, *metadata = sections
     steps, minima = (section.view(torch.int16) for section in metadata)
-    given = (x, codes, steps, minima, key, x.numel(), stream & rng.MASK)
-    return launches(encode_kernel, x, group, *given, BITS=bits, NEAREST=key is None)
+    given = (x, codes, steps, minima, key, *others, x.numel(), stream & rng.MASK)
+    nearest = key is None
+    return launches(encode_kernel, x, group, *given, BEFORE=kind, BITS=bits, NEAREST=nearest)
 
 
-def decode(sections: Sequence[Tensor], x: Tensor, bits: int, group: int) -> list[Launch]:
-    """What fills a contiguous x from the payload's sections."""
+def decode(
+    sections: Sequence[Tensor], x: Tensor, bits: int, group: int, mask: Tensor | None = None
+) -> list[Launch]:
+    """What fills a contiguous x from the payload's sections, with 0 where the mask is set."""
     codes, *metadata = sections
     steps, minima = (section.view(torch.int16) for section in metadata)
-    given = (codes, steps, minima, x, x.numel())
-    limit = torch.finfo(x.dtype).max
-    return launches(decode_kernel, x, group, *given, LIMIT=limit, BITS=bits)
+    given = (codes, steps, minima, x, mask, x.numel())
+    limit, masked = torch.finfo(x.dtype).max, mask is not None
+    return launches(decode_kernel, x, group, *given, MASKED=masked, LIMIT=limit, BITS=bits)

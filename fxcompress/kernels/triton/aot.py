@@ -69,21 +69,33 @@ def warp_of(target: str) -> int:
 
 
 def compile_for(target: str, launch: Launch, turns: int = 1) -> Code:
-    """Compile a launch, its tensors of any device (meta will do) taken as aligned to 16 bytes.
+    """Compile a launch as its first call would be: arguments that are 1 or None are constants, and
+    multiples of 16 known as such. Tensors, of any device (meta will do), count as aligned to 16.
 
     turns: of a loop whose number the data decide.
     """
     device = TARGETS[target]
     names = [name for name in launch.kernel.arg_names if name not in launch.constants]
     given = dict(zip(names, launch.arguments, strict=True))
-    signature = {name: _kind(given.get(name)) for name in launch.kernel.arg_names}
+    general = {p.name for p in launch.kernel.params if p.do_not_specialize}
+    special = {name: value for name, value in given.items() if name not in general}
+    fixed = {
+        name: value
+        for name, value in special.items()
+        if not isinstance(value, Tensor) and value in (None, 1)
+    }
+    constants = {**launch.constants, **fixed}
+    signature = {
+        name: "constexpr" if name in constants else _kind(given[name])
+        for name in launch.kernel.arg_names
+    }
     aligned = {
         (position,): [["tt.divisibility", 16]]
         for position, name in enumerate(launch.kernel.arg_names)
-        if isinstance(given.get(name), Tensor)
+        if name not in constants and _is_aligned(given[name], name in special)
     }
     compiled = triton.compile(
-        ASTSource(launch.kernel, signature, launch.constants, aligned),
+        ASTSource(launch.kernel, signature, constants, aligned),
         target=device,
         options=launch.options,
     )
@@ -94,9 +106,11 @@ def compile_for(target: str, launch: Launch, turns: int = 1) -> Code:
 
 
 def _kind(value: Any) -> str:
-    if value is None:
-        return "constexpr"
     return f"*{_TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
+
+
+def _is_aligned(value: Any, special: bool) -> bool:
+    return isinstance(value, Tensor) or (special and value % 16 == 0)
 
 
 def _moved(ttir: str, turns: int) -> int:

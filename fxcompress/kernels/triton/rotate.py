@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxcompress import rng
 from fxcompress.codecs.levels import Levels
+from fxcompress.kernels.prologue import Prologue
 from fxcompress.kernels.triton import Launch, rotation
 from fxcompress.kernels.triton.common import (
     coded_mask,
@@ -19,12 +20,12 @@ from fxcompress.kernels.triton.common import (
     lane_offsets,
     launches,
     load_codes,
-    load_lanes,
     store_codes,
     store_float,
     stream_keys,
     tile_start,
 )
+from fxcompress.kernels.triton.fused import clear_masked, operands, prepared_lanes
 
 
 @triton.jit(do_not_specialize=["numel", "first", "stream"])
@@ -34,9 +35,16 @@ def encode_kernel(
     scales,
     means,
     key,
+    fill,
+    mask,
+    mean,
+    rstd,
+    channels,
+    inner,
     numel,
     stream,
     first,
+    BEFORE: tl.constexpr,
     LEVELS: tl.constexpr,
     THRESHOLDS: tl.constexpr,
     EDEN: tl.constexpr,
@@ -57,11 +65,13 @@ def encode_kernel(
     groups = start // GROUP + tl.arange(0, ROWS)[:, None]
     word = (start >> 5).to(tl.uint32)
 
-    lanes = load_lanes(x + start, offsets, inside, 0)
-    lanes = [lane.to(tl.float32) for lane in lanes]
-    lanes, mean, unit, finite = rotation.centre(lanes, inside, size, CENTRED)
+    lanes = prepared_lanes(
+        *(x, start, size, offsets, inside, fill, mask, mean, rstd, channels, inner),
+        *(BEFORE, GROUP, FAST),
+    )
+    lanes, centre, unit, finite = rotation.centre(lanes, inside, size, CENTRED)
     if CENTRED:
-        tl.store(means + groups, mean, size > 0)
+        tl.store(means + groups, centre, size > 0)
     lanes, scale = rotation.code(
         *(lanes, unit, finite, n, 1.0, offsets, word, groups, coded, k_a, k_b),
         *(LEVELS, THRESHOLDS, EDEN),
@@ -77,9 +87,11 @@ def decode_kernel(
     means,
     x,
     key,
+    mask,
     numel,
     stream,
     first,
+    MASKED: tl.constexpr,
     LIMIT: tl.constexpr,
     LEVELS: tl.constexpr,
     CENTRED: tl.constexpr,
@@ -103,6 +115,8 @@ def decode_kernel(
     if CENTRED:
         mean = tl.load(means + groups, size > 0, other=0).to(tl.float32)
         lanes = [lane + mean for lane in lanes]
+    if MASKED:
+        lanes = clear_masked(lanes, mask, start, size, offsets, inside, GROUP, FAST)
     for lane in tl.static_range(8):
         store_float(x + start + offsets[lane], lanes[lane], inside[lane], LIMIT)
 
@@ -116,16 +130,19 @@ def encode(
     eden: bool,
     key: Tensor,
     stream: int,
+    before: Prologue | None = None,
 ) -> list[Launch]:
     """What writes the payload's sections (codes, scales and, where centred, means) of x."""
     codes, scales, *means = sections
-    given = (x, codes, scales.view(torch.int16), (means or [scales])[0], key, x.numel())
+    kind, others = operands(before)
+    given = (x, codes, scales.view(torch.int16), (means or [scales])[0], key, *others, x.numel())
     return launches(
         encode_kernel,
         x,
         group,
         *given,
         stream & rng.MASK,
+        BEFORE=kind,
         LEVELS=table.levels,
         THRESHOLDS=table.thresholds,
         EDEN=eden,
@@ -142,16 +159,18 @@ def decode(
     group: int,
     key: Tensor,
     stream: int,
+    mask: Tensor | None = None,
 ) -> list[Launch]:
-    """What fills a contiguous x from the payload's sections."""
+    """What fills a contiguous x from the payload's sections, with 0 where the mask is set."""
     codes, scales, *means = sections
-    given = (codes, scales.view(torch.int16), (means or [scales])[0], x, key, x.numel())
+    given = (codes, scales.view(torch.int16), (means or [scales])[0], x, key, mask, x.numel())
     return launches(
         decode_kernel,
         x,
         group,
         *given,
         stream & rng.MASK,
+        MASKED=mask is not None,
         LIMIT=torch.finfo(x.dtype).max,
         LEVELS=table.levels,
         CENTRED=bool(means),
