@@ -112,7 +112,7 @@ void decode_affine(const u8* payload, typename Type::Stored* x, i64 numel, i64 g
             value = value < -Type::limit ? -Type::limit : value;
             out[i] = Type::store(value);
         }
-        if (mask) clear_masked(out, size, mask + start / 8, codes);
+        if (mask) clear_masked(out, size, mask + start / 8);
     });
 }
 

@@ -68,14 +68,17 @@ __attribute__((noinline)) void prepare(const typename Type::Stored* x, i64 start
     }
 }
 
-// Zero the elements of a group that are set in its part of a mask; flags: scratch. Not inlined: for
-// the kernels without one to stay as they are.
+// Zero the elements of a group that are set in its part of a mask. Not inlined: for the kernels
+// without one to stay as they are.
 template <class Stored>
-__attribute__((noinline)) void clear_masked(Stored* __restrict x, i64 size, const u8* mask,
-                                            u8* __restrict flags) {
-    unpack<1>(mask, flags, up8(size));
+__attribute__((noinline)) void clear_masked(Stored* __restrict x, i64 size,
+                                            const u8* __restrict mask) {
+    const i64 eighth = up8(size) / 8;
+    for (int j = 0; j < 8; j++, x += eighth, size -= eighth) {
+        const i64 count = size < eighth ? size : eighth;
 #pragma omp simd
-    for (i64 i = 0; i < size; i++) x[i] &= Stored(Stored(flags[i]) - 1);
+        for (i64 k = 0; k < count; k++) x[k] &= Stored(Stored((mask[k] >> j) & 1) - 1);
+    }
 }
 
 }  // namespace

@@ -339,7 +339,7 @@ void decode_rotate(const u8* payload, typename Type::Stored* x, const int32_t* l
         const float mean = centred ? BF16::load(sections.means[g]) : -0.0f;  // keeps a zero's sign
         const float scale = BF16::load(sections.scales[g]);
         store_group<Type>(h, x + start, size, mean, scale, word, keys);
-        if (mask) clear_masked(x + start, size, mask + start / 8, codes);
+        if (mask) clear_masked(x + start, size, mask + start / 8);
     });
 }
 
