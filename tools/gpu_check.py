@@ -61,7 +61,7 @@ from torch import Tensor  # noqa: E402
 
 import fxcompress  # noqa: E402
 from fxcompress import rng, torch_private  # noqa: E402
-from fxcompress.codecs import Codec, codec  # noqa: E402
+from fxcompress.codecs import Codec, codec, fused  # noqa: E402
 from fxcompress.fit import at_rate, fit  # noqa: E402
 from fxcompress.tools import memory, models  # noqa: E402
 from fxcompress.tools.models import Task  # noqa: E402
@@ -74,6 +74,7 @@ KERNELS = (
     *("cast(format=e4m3)", "cast(format=e5m2,rounding=stochastic)", "bits(bits=1)"),
 )
 # A kernel takes the GPU's compiler about a second: in bf16 those that differ most.
+FUSED = ("affine(bits=4)", "dither(bits=4)", "rotate(bits=2)")  # with what stands around them
 KERNELS_BF16 = ("affine(bits=4)", "dither(bits=4)", "rotate(bits=2)", "cast(format=e4m3)")
 POLICIES = ("inductor", "uniform2", "torch-budget", "uniform4", "lossless")
 LIMITED = ("inductor", "uniform2")  # whose largest batch is sought
@@ -167,6 +168,11 @@ def kernels(run: Run) -> dict[str, Any]:
             row = _kernel(run, codec(spec), x, copy[str(dtype)])
             print(row, flush=True)
             rows.append(row)
+        for spec in FUSED:
+            if run.cuda and run.left < 300:
+                break
+            rows.append(_fused(run, codec(spec), x, copy[str(dtype)]))
+            print(rows[-1], flush=True)
         if not run.cuda or run.left > 300:
             rows.append(_transform(run, x, copy[str(dtype)]))
             print(rows[-1], flush=True)
@@ -186,6 +192,35 @@ def _kernel(run: Run, c: Codec, x: Tensor, copy_gb_s: float) -> dict[str, Any]:
         decoded = c.decode(expected, part.shape, part.dtype, key, STREAM)
         found = c.decode(payload, part.shape, part.dtype, key.to(run.device), STREAM)
         equal &= torch.equal(payload.cpu(), expected) and torch.equal(found.cpu(), decoded)
+    return {**row, "equal": equal}
+
+
+def _fused(run: Run, c: Codec, x: Tensor, copy_gb_s: float) -> dict[str, Any]:
+    """With a mask and in units of channels, as the CPU does by parts; bandwidth with the mask."""
+    key, fill = torch.tensor([0x1234567890ABCDEF, 7]), torch.tensor(0.75, dtype=x.dtype)
+    given, value = key.to(run.device), fill.to(run.device)
+    payload, mask = fused.encode_filled(c, x, value, given, STREAM)
+    moved, decoding = (x.nbytes + payload.nbytes + mask.nbytes) / 1e9, (x.shape, x.dtype, given)
+    encode = seconds(run, lambda: fused.encode_filled(c, x, value, given, STREAM))
+    decode = seconds(run, lambda: fused.decode_filled(c, payload, mask, *decoding, STREAM))
+    equal = True
+    for rows in (1, 4321):  # a tail, and whole tiles with one
+        part = x[: rows * 240].view(rows, 48, 5)
+        own, shape = part.cpu(), part.shape
+        both = fused.compose_filled(c, own, fill, key, STREAM)
+        found = fused.encode_filled(c, part, value, given, STREAM)
+        equal &= all(torch.equal(a.cpu(), b) for a, b in zip(found, both, strict=True))
+        decoded = fused.decode_filled(c, *found, shape, x.dtype, given, STREAM)
+        expected = fused.compose_unfilled(c, *both, shape, x.dtype, key, STREAM)
+        equal &= torch.equal(decoded.cpu(), expected)
+        for kept in (1, 2):  # channels first, channels last
+            sizes = [size if dim == kept else 1 for dim, size in enumerate(shape)]
+            mean, rstd = torch.randn(sizes), torch.rand(sizes) + 0.1
+            units = fused.compose_standardised(c, own, mean, rstd, key, STREAM)
+            on_device = (mean.to(run.device), rstd.to(run.device))
+            coded = fused.encode_standardised(c, part, *on_device, given, STREAM)
+            equal &= torch.equal(coded.cpu(), units)
+    row = _row(f"{c} with a mask", x.dtype, moved / encode, moved / decode, copy_gb_s)
     return {**row, "equal": equal}
 
 
@@ -217,9 +252,15 @@ def _timed(run: Run, c: Codec, x: Tensor, key: Tensor, copy_gb_s: float) -> dict
     moved = (x.nbytes + payload.nbytes) / 1e9
     encode = moved / seconds(run, lambda: c.encode(x, given, STREAM))
     decode = moved / seconds(run, lambda: c.decode(payload, x.shape, x.dtype, given, STREAM))
+    return _row(str(c), x.dtype, encode, decode, copy_gb_s)
+
+
+def _row(
+    codec: str, dtype: torch.dtype, encode: float, decode: float, copy_gb_s: float
+) -> dict[str, Any]:
     return {
-        "codec": str(c),
-        "dtype": str(x.dtype),
+        "codec": codec,
+        "dtype": str(dtype),
         "encode_gb_s": encode,
         "decode_gb_s": decode,
         "encode_vs_copy": encode / copy_gb_s,
