@@ -14,6 +14,7 @@ from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.rewrite import (
     KEEP,
     MASKS,
+    OFFLOAD,
     RECOMPUTE,
     SHAPE,
     Choice,
@@ -76,6 +77,25 @@ def recompute_choice(candidate: Candidate) -> Choice | None:
     return Choice(candidate, RECOMPUTE, f"rebuilt by {what} from {sources}")
 
 
+def why_not_offload(candidate: Candidate) -> str:
+    """Why a tensor cannot wait in host memory; empty where it can."""
+    if candidate.keep:
+        return candidate.keep
+    if candidate.fake.device.type == "cpu":
+        return "it is there already"
+    if torch_private.captures_cuda_graphs():
+        return "a CUDA graph cannot be captured of copies to the host"
+    return ""
+
+
+def offload_choice(candidate: Candidate) -> Choice | None:
+    """As it is, in host memory; None where it cannot go there."""
+    if why_not_offload(candidate):
+        return None
+    size = candidate.own_bytes / 1e6
+    return Choice(candidate, OFFLOAD, f"{size:.1f} MB wait in host memory")
+
+
 def passes_noise(candidate: Candidate) -> bool:
     """It may be rebuilt from coded tensors: a small error of theirs is a small error of its own,
     which its readers bear."""
@@ -114,12 +134,14 @@ def hoisted_bytes(node: fx.Node) -> int:
 
 
 def bytes_of(choice: Choice, masks: dict[str, int]) -> int:
-    """Bytes saved for the tensor under ``choice``, its share of ``mask_bytes`` included."""
+    """Bytes saved on the tensor's device under ``choice``, its share of ``mask_bytes`` included."""
     candidate = choice.candidate
     if choice.representation == KEEP:
         return candidate.storage_bytes
     if choice.representation == RECOMPUTE:
         return statistics_bytes(candidate) + masks.get(candidate.name, 0)
+    if choice.representation == OFFLOAD:
+        return 0
     own = 0 if choice.codec_spec is None else payload_bytes(candidate, choice.codec_spec)
     return own + masks.get(candidate.name, 0)
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.utils import flop_counter
 
-from fxcompress import __version__, files, schema, torch_private
+from fxcompress import __version__, files, ops, schema, torch_private
 from fxcompress.agree import agreed
 from fxcompress.codecs import codec, states
 from fxcompress.codecs.transform import RATES, Transform, coder
@@ -32,12 +32,12 @@ from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate, saved_bytes
 from fxcompress.passes.capture import Cut
 from fxcompress.passes.recipes import Recipe
-from fxcompress.passes.rewrite import RECOMPUTE, Choice
+from fxcompress.passes.rewrite import OFFLOAD, RECOMPUTE, Choice
 from fxcompress.program import TIME_PRICE
 
 log = logging.getLogger("fxcompress")
 
-FORMAT = 3
+FORMAT = 4
 LARGEST_FILE = 1 << 20
 # Each saved byte is written, read again in the backward, and has a gradient that is written and
 # read, and as much again is moved on the way: an estimate for what no matrix product counts.
@@ -57,17 +57,19 @@ class Rates:
         coders: nanoseconds an element, encode and decode, by codec spec.
         basis: of changing basis there and back, in blocks of 64 channels.
         flops, bytes: a second, of a matrix product and of a copy into fresh memory.
+        host_bytes: a second, to host memory and back; 0 where that is the device's own.
     """
 
     coders: Mapping[str, float]
     basis: float
     flops: float
     bytes: float
+    host_bytes: float
 
     @property
     def is_sound(self) -> bool:
         """Finite, and nothing that is divided by is 0."""
-        numbers = (*self.coders.values(), self.basis, self.flops, self.bytes)
+        numbers = (*self.coders.values(), self.basis, self.flops, self.bytes, self.host_bytes)
         return all(map(math.isfinite, numbers)) and min(self.flops, self.bytes) > 0
 
 
@@ -104,12 +106,14 @@ def step_seconds(cut: Cut, candidates: Sequence[Candidate], found: Rates) -> flo
 
 
 def added_seconds(choice: Choice, found: Rates) -> float:
-    """Time that encoding and decoding, or rebuilding, add to a step; masks, packed by all, do not
-    count."""
+    """Time that encoding and decoding, rebuilding, or the way to host memory and back add to a
+    step; masks, packed by all, do not count."""
     candidate = choice.candidate
     if choice.representation == RECOMPUTE:
         assert candidate.recipe is not None
         return _rebuilding_seconds(candidate.recipe, found)
+    if choice.representation == OFFLOAD:
+        return candidate.own_bytes / found.host_bytes if found.host_bytes else math.inf
     if choice.codec_spec is None:
         return 0.0
     elements = candidate.own_bytes / candidate.fake.element_size()
@@ -212,11 +216,16 @@ def _measure(device: torch.device) -> Rates:
     square = torch.randn(_SIDE, _SIDE, device=device)
     multiply = _seconds(lambda: square @ square, device)
     large = torch.empty(_COPIED, device=device)
+
+    def there_and_back() -> Tensor:
+        return ops.to_device(ops.to_host(large), device)
+
     return Rates(
         coders,
         max(basis, 0.0),
         round(2 * _SIDE**3 / multiply, -8),
         round(large.nbytes / _seconds(large.clone, device), -8),
+        0.0 if device.type == "cpu" else round(large.nbytes / _seconds(there_and_back, device), -8),
     )
 
 

@@ -22,6 +22,7 @@ from fxcompress.choose import (
     codable_choice,
     exact_choice,
     is_codable,
+    offload_choice,
     recompute_choice,
 )
 from fxcompress.codecs import codec
@@ -94,6 +95,9 @@ def ladder(
     rebuilt = recompute_choice(candidate)
     if rebuilt is not None and exact.representation == KEEP:
         lossless.append(option(rebuilt, 0.0, clock))
+    moved = offload_choice(candidate)
+    if moved is not None and exact.representation == KEEP:
+        lossless.append(option(moved, 0.0, clock))
     if not is_codable(candidate):
         return lossless
     measured = evidence is not None and bool(evidence.prices)

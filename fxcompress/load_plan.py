@@ -9,12 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxcompress.choose import codable_choice, exact_choice, is_codable, recompute_choice
+from fxcompress.choose import (
+    codable_choice,
+    exact_choice,
+    is_codable,
+    offload_choice,
+    recompute_choice,
+    why_not_offload,
+)
 from fxcompress.codecs import codec
 from fxcompress.errors import CodecError, SettingsError
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate
-from fxcompress.passes.rewrite import KEEP, MASKS, RECOMPUTE, SHAPE, Choice
+from fxcompress.passes.rewrite import KEEP, MASKS, OFFLOAD, RECOMPUTE, SHAPE, Choice
 from fxcompress.plan import Plan, TensorPlan
 from fxcompress.provenance import module_path
 
@@ -110,6 +117,14 @@ def _choice(candidate: Candidate, row: TensorPlan) -> Choice:
         if choice is None:
             raise SettingsError(
                 f"{_of(row)}: nothing rebuilds this tensor; write {KEEP!r} or a codec"
+            )
+        return choice
+    if spec == OFFLOAD:
+        choice = offload_choice(candidate)
+        if choice is None:
+            raise SettingsError(
+                f"{_of(row)} cannot wait in host memory, {why_not_offload(candidate)}; "
+                f"write {KEEP!r} or a codec"
             )
         return choice
     if spec == exact.representation:

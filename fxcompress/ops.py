@@ -1,6 +1,6 @@
 """The operators that a rewritten graph calls: fxcompress::next_key, encode and decode; those that
 code with what the graph does just before or after, in one pass; and, where payloads wait in host
-memory, to_host and to_device. fxcompress::region stands in users' graphs.
+memory, or tensors as they are, to_host and to_device. fxcompress::region stands in users' graphs.
 
 They are opaque to Inductor (single-pass kernels), deterministic given their key, and carry no
 autograd formula: they appear in graphs that AOTAutograd has already differentiated.
@@ -55,9 +55,13 @@ _library.define(
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
 )
 _library.define("region(str policy) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define("to_host(Tensor payload) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
-    "to_device(Tensor payload, Device device) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    "to_host(Tensor x) -> Tensor",
+    tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
+)
+_library.define(
+    "to_device(Tensor x, Device device) -> Tensor",
+    tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
 )
 
 
@@ -144,19 +148,20 @@ def region(policy: str) -> None:
     torch.ops.fxcompress.region(policy)
 
 
-def to_host(payload: Tensor) -> Tensor:
-    """A copy in host memory; pinned, and made while the device goes on, where there is one.
+def to_host(x: Tensor) -> Tensor:
+    """A copy in host memory, laid out alike where x is dense; pinned, and made while the device
+    goes on, where there is one.
 
     No stream is waited for: the copy is ordered on the current one, as are those that follow.
     """
-    pinned = payload.device.type == "cuda"
-    host = torch.empty(payload.shape, dtype=payload.dtype, pin_memory=pinned)
-    return host.copy_(payload, non_blocking=pinned)
+    pinned = x.device.type == "cuda"
+    host = torch.empty_like(x, device="cpu", pin_memory=pinned)
+    return host.copy_(x, non_blocking=pinned)
 
 
-def to_device(payload: Tensor, device: torch.device) -> Tensor:
+def to_device(x: Tensor, device: torch.device) -> Tensor:
     """A copy on ``device`` of what :func:`to_host` gave."""
-    return payload.to(device, non_blocking=True, copy=True)
+    return x.to(device, non_blocking=True, copy=True)
 
 
 def _inverse(order: Sequence[int]) -> list[int]:
@@ -248,10 +253,10 @@ torch.library.register_fake("fxcompress::region", _nothing, lib=_library)
 
 
 @torch.library.register_fake("fxcompress::to_host", lib=_library)
-def _to_host_fake(payload: Tensor) -> Tensor:
-    return payload.new_empty(payload.shape, device="cpu")
+def _to_host_fake(x: Tensor) -> Tensor:
+    return torch.empty_like(x, device="cpu")
 
 
 @torch.library.register_fake("fxcompress::to_device", lib=_library)
-def _to_device_fake(payload: Tensor, device: torch.device) -> Tensor:
-    return payload.new_empty(payload.shape, device=device)
+def _to_device_fake(x: Tensor, device: torch.device) -> Tensor:
+    return torch.empty_like(x, device=device)

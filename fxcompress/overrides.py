@@ -7,6 +7,7 @@ they get::
     {"match": "op:aten.convolution", "keep": True}
     {"match": "tensor:relu_3", "codec": "rotate(bits=2)"}
     {"match": "op:addmm", "representation": "recompute"}
+    {"match": "decoder.*", "representation": "offload"}
 
 Patterns are shell patterns (``*``, ``?``, ``[…]``; ``*`` crosses dots). Where several rules match a
 tensor, the last one holds. What no rule matches is planned as ever; what is exact anyway (masks,
@@ -28,14 +29,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxcompress.choose import bytes_of, codable_choice, is_codable
+from fxcompress.choose import bytes_of, codable_choice, is_codable, why_not_offload
 from fxcompress.codecs import codec
 from fxcompress.errors import SettingsError
 from fxcompress.evidence import TensorEvidence
 from fxcompress.ladder import cost
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate
-from fxcompress.passes.rewrite import KEEP, RECOMPUTE, Choice
+from fxcompress.passes.rewrite import KEEP, OFFLOAD, RECOMPUTE, Choice
 from fxcompress.program import Option, is_exact, is_rebuilt
 from fxcompress.provenance import module_path
 
@@ -56,7 +57,8 @@ class Rule:
         codec: this codec.
         keep: the tensor as it is.
         representation: ``recompute``: rebuilt in the backward, where a short chain of steps leads
-            to it from saved tensors that are not rebuilt themselves.
+            to it from saved tensors that are not rebuilt themselves; ``offload``: in host memory,
+            on devices that have a memory of their own.
     """
 
     match: str
@@ -78,8 +80,10 @@ class Rule:
             raise SettingsError(
                 f"override {self}: give exactly one of bits, codec, keep=True, representation"
             )
-        if self.representation not in {None, RECOMPUTE}:
-            raise SettingsError(f"override {self}: representation is {RECOMPUTE!r} or absent")
+        if self.representation not in {None, RECOMPUTE, OFFLOAD}:
+            raise SettingsError(
+                f"override {self}: representation is {RECOMPUTE!r}, {OFFLOAD!r} or absent"
+            )
         if self.bits is not None:
             is_number = isinstance(self.bits, int | float) and not isinstance(self.bits, bool)
             if not (is_number and math.isfinite(self.bits) and self.bits > 0):
@@ -187,10 +191,11 @@ def _ruled(
     if rule.keep:
         return [Option(Choice(candidate, KEEP, reason), 0.0)]
     if rule.representation is not None:
-        again = [o for o in ladder if o.choice.representation == RECOMPUTE]
-        if not again:
-            log.warning("override %s: nothing rebuilds %s", rule, candidate.name)
-        return again or list(ladder)
+        found = [o for o in ladder if o.choice.representation == rule.representation]
+        if not found:
+            why = why_not_offload(candidate) if rule.representation == OFFLOAD else ""
+            log.warning("override %s: %s", rule, why or f"nothing rebuilds {candidate.name}")
+        return found or list(ladder)
     if not is_codable(candidate):
         log.info("override %s: %s stays, %s", rule, candidate.name, ladder[0].choice.reason)
         return list(ladder[:1])

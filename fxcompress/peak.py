@@ -9,8 +9,9 @@ that get a gradient are: activations of the graph before.
 
 Each saved tensor contributes by its representation: kept, its bytes from birth to its last reader;
 coded, its bytes until the last forward reader, the payload from there to the last decode, and a
-decoded copy around each cluster of readers; rebuilt, its bytes until the last forward reader and
-again from the first backward reader on, what its steps write on the way, and its roots until then.
+decoded copy around each cluster of readers; in host memory, likewise without a payload; rebuilt,
+its bytes until the last forward reader and again from the first backward reader on, what its steps
+write on the way, and its roots until then.
 """
 
 from __future__ import annotations
@@ -38,7 +39,14 @@ from fxcompress.passes.insert import clusters
 from fxcompress.passes.layout import can_pin, copied_inputs
 from fxcompress.passes.recipes import Recipe
 from fxcompress.passes.rectified import mask_of
-from fxcompress.passes.rewrite import KEEP, RECOMPUTE, Choice, coded_roots, hoisted_nodes
+from fxcompress.passes.rewrite import (
+    KEEP,
+    OFFLOAD,
+    RECOMPUTE,
+    Choice,
+    coded_roots,
+    hoisted_nodes,
+)
 from fxcompress.passes.standardise import units_of
 
 Bytes = npt.NDArray[np.float64]
@@ -61,6 +69,7 @@ class Timeline:
         kept: by candidate, bytes if it is kept.
         dropped: by candidate, bytes of the original if the backward does without it.
         decoded: by candidate, bytes of copies that are encoded or decoded if it is coded.
+        fetched: by candidate, bytes of copies that come from host memory if it waits there.
         held: by candidate, 1 while its payload is alive.
         coding: by candidate, 1 where it is encoded or decoded.
         rebuilt: by candidate that has a recipe, bytes of the rebuilt tensor and what it takes.
@@ -76,6 +85,7 @@ class Timeline:
     kept: dict[str, Bytes]
     dropped: dict[str, Bytes]
     decoded: dict[str, Bytes]
+    fetched: dict[str, Bytes]
     held: dict[str, Bytes]
     coding: dict[str, Bytes]
     rebuilt: dict[str, Bytes]
@@ -92,6 +102,8 @@ class Timeline:
             return self.kept[name]
         if choice.representation == RECOMPUTE:
             return self.dropped[name] + self.rebuilt[name]
+        if choice.representation == OFFLOAD:
+            return self.dropped[name] + self.fetched[name]
         if spec is None:
             return self.dropped[name]
         found = self.dropped[name] + self.decoded[name]
@@ -187,7 +199,7 @@ def timeline(
             else:
                 base += copy
 
-    kept, dropped, decoded, held, coding = {}, {}, {}, {}, {}
+    kept, dropped, decoded, fetched, held, coding = {}, {}, {}, {}, {}, {}
     rebuilt, rebuilding = _rebuilt(step, cut, candidates, others, channels_last=channels_last)
     masks: dict[fx.Node, Bytes] = {}
     for candidate in candidates:
@@ -201,6 +213,7 @@ def timeline(
         dropped[name] = step.span(born, used, size)
         readers = _live_readers(candidate)
         decoded[name] = _copies(step, cut, readers, candidate.own_bytes)
+        fetched[name] = _copies(step, cut, _all_readers(candidate), candidate.own_bytes)
         # A second buffer: in the units of its channels, or with its zeros filled.
         if units_of(saved.forward) is not None or mask_of(candidate) is not None:
             decoded[name] += step.span(used, used, size)
@@ -225,6 +238,7 @@ def timeline(
         kept,
         dropped,
         decoded,
+        fetched,
         held,
         coding,
         rebuilt,
@@ -343,6 +357,10 @@ def _layout_copies(step: _Step) -> Bytes:
             assert isinstance(operand, fx.Node)
             total[position] += copies * _bytes(operand)
     return total
+
+
+def _all_readers(candidate: Candidate) -> list[fx.Node]:
+    return [u for u in candidate.saved.backward.users if u.op != "output"]
 
 
 def _live_readers(candidate: Candidate) -> list[fx.Node]:

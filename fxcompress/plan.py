@@ -67,9 +67,9 @@ class TensorPlan:
             pooling indices, …) never see a decoded value.
         recompute: ops that would rebuild it from other saved tensors; empty if none would.
         representation: a codec's spec, "keep", "masks" (only what its exact readers need is
-            saved), "shape" (no reader looks at the values) or "recompute" (the backward rebuilds
-            it from other saved tensors).
-        bytes_after: bytes saved for it now, its share of hoisted masks included.
+            saved), "shape" (no reader looks at the values), "recompute" (the backward rebuilds it
+            from other saved tensors) or "offload" (it waits in host memory as it is).
+        bytes_after: bytes saved for it now on its device, its share of hoisted masks included.
         reason: why it was left alone, or why it has this representation.
         predicted_variance: squared error that the representation adds to the parameter gradients,
             over their squared norm; 0 where it is exact, None where nobody weighed it. Measured if

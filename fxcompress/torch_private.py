@@ -629,6 +629,14 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     return dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
 
 
+def captures_cuda_graphs() -> bool:
+    """The graph that is being compiled will be captured as a CUDA graph, as under
+    ``mode="reduce-overhead"`` (`torch._inductor.config.triton.cudagraphs`, 2.0 to 2.15)."""
+    from torch._inductor import config
+
+    return bool(config.triton.cudagraphs)
+
+
 def inductor_patched(patches: dict[str, Any]) -> AbstractContextManager[None]:
     """Inductor's global settings changed while inside (`torch._inductor.config.patch`, 2.0+)."""
     from torch._inductor import config

@@ -20,7 +20,7 @@ from fxcompress.choose import is_codable
 from fxcompress.evidence import Price, TensorEvidence
 from fxcompress.passes.analyse import Candidate, analyse
 from fxcompress.passes.capture import Cut
-from fxcompress.passes.rewrite import KEEP, RECOMPUTE, Choice, rewrite
+from fxcompress.passes.rewrite import KEEP, OFFLOAD, RECOMPUTE, Choice, rewrite
 from fxcompress.planner import with_roots
 from fxcompress.record import Recording, gradients
 
@@ -154,4 +154,6 @@ def _possible(candidate: Candidate, representation: str) -> str:
     """Of a smaller batch, PyTorch may save other tensors."""
     if representation == RECOMPUTE:
         return RECOMPUTE if candidate.recipe is not None else KEEP
+    if representation == OFFLOAD:  # exact: there is nothing to try
+        return KEEP
     return representation if is_codable(candidate) else KEEP

@@ -59,14 +59,27 @@ def insert_encode(
     return payload
 
 
-def insert_to_host(forward: fx.GraphModule, payload: fx.Node) -> fx.Node:
-    """Move a payload to host memory right after it is written; the node that is to be saved."""
-    with forward.graph.inserting_after(payload):
-        moved = forward.graph.call_function(torch.ops.fxcompress.to_host.default, (payload,))
-    with torch_private.fake_mode_of(prop.value(payload)):
-        value = torch.ops.fxcompress.to_host(prop.value(payload))
-    moved.meta = {**_provenance(payload), "val": value}
+def insert_to_host(forward: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Copy a tensor or a payload to host memory after its last reader; the node to be saved."""
+    last = max([node, *(u for u in node.users if u.op != "output")])
+    if last.op == "placeholder":
+        last = _last_placeholder(forward.graph)
+    with forward.graph.inserting_after(last):
+        moved = forward.graph.call_function(torch.ops.fxcompress.to_host.default, (node,))
+    with torch_private.fake_mode_of(prop.value(node)):
+        value = torch.ops.fxcompress.to_host(prop.value(node))
+    moved.meta = {**_provenance(node), "val": value}
     return moved
+
+
+def insert_fetches(backward: fx.GraphModule, node: fx.Node, moved: fx.Node) -> None:
+    """Let every reader of ``node`` read a copy of ``moved`` on the device instead."""
+    graph, device = backward.graph, prop.value(node).device
+    for cluster in clusters([u for u in node.users if u.op != "output"]):
+        with graph.inserting_before(cluster[0]):
+            fetched = _to_device(graph, moved, device)
+        for reader in cluster:
+            reader.replace_input_with(node, fetched)
 
 
 def insert_decodes(

@@ -25,6 +25,7 @@ from fxcompress.passes.insert import (
     insert_blank,
     insert_decodes,
     insert_encode,
+    insert_fetches,
     insert_key,
     insert_to_host,
 )
@@ -33,7 +34,8 @@ from fxcompress.passes.rebuild import rebuild
 from fxcompress.passes.rectified import insert_filled, insert_masked, mask_of
 from fxcompress.passes.standardise import Units, insert_standardised, units_of
 
-KEEP, MASKS, SHAPE, RECOMPUTE = "keep", "masks", "shape", "recompute"
+KEEP, MASKS, SHAPE, RECOMPUTE, OFFLOAD = "keep", "masks", "shape", "recompute", "offload"
+UNCODED = frozenset({KEEP, MASKS, SHAPE, RECOMPUTE, OFFLOAD})
 WIDEST_INDEX = 8  # bits, the most that the codec packs; a wider index is saved as it is
 
 
@@ -45,7 +47,8 @@ class Choice:
         candidate: the tensor.
         representation: a codec's spec; ``keep``; ``masks``: drop the values and save only what
             the exact readers need; ``shape``: save nothing, no reader looks at the values;
-            ``recompute``: rebuild it by the candidate's recipe, whose roots the backward has.
+            ``recompute``: rebuild it by the candidate's recipe, whose roots the backward has;
+            ``offload``: it waits in host memory as it is.
         reason: why, in a few words for the report.
         host: the codec's payload waits in host memory.
         exact_masks: comparisons are made on exact values, in the forward; not on decoded ones.
@@ -62,20 +65,23 @@ class Choice:
 
     @property
     def codec_spec(self) -> str | None:
-        plain = {KEEP, MASKS, SHAPE, RECOMPUTE}
-        return None if self.representation in plain else self.representation
+        return None if self.representation in UNCODED else self.representation
 
     @property
     def drops_values(self) -> bool:
         """The backward no longer has the exact values; what is rebuilt is as exact as its roots."""
         if self.codec_spec is None:
-            return self.representation not in {KEEP, RECOMPUTE}
+            return self.representation not in {KEEP, RECOMPUTE, OFFLOAD}
         return not codec(self.codec_spec).lossless
 
     @property
     def is_exact(self) -> bool:
-        """The backward gets the tensor as it was from the forward: others can be rebuilt of it."""
-        return not self.drops_values and self.representation != RECOMPUTE
+        """The backward gets the tensor as it was from the forward: others can be rebuilt of it.
+
+        What waits in host memory does not count: it would be fetched for that, or stay on the
+        device all the while, and the memory model knows of neither.
+        """
+        return not self.drops_values and self.representation not in {RECOMPUTE, OFFLOAD}
 
     @property
     def knows_zeros(self) -> bool:
@@ -162,6 +168,8 @@ def rewrite(
             mask = masks.get(choice)
             inline = choice.lowering == "inductor"
             exchange.swap(choice.candidate, choice.codec_spec, stream, choice.host, mask, inline)
+        elif choice.representation == OFFLOAD:
+            exchange.offload(choice.candidate)
         elif choice.representation == SHAPE:
             insert_blank(cut.backward, choice.candidate.saved.backward)
     return exchange.settle()
@@ -212,17 +220,29 @@ class _Exchange:
         payload = insert_encode(forward, coded, spec, key, stream, order)
         if host:
             payload = insert_to_host(forward, payload)
-        unchecked = torch_private.copy_unchecked_mark(source, payload)
-        received = receive(backward, payload, node)
-        if node is self.last_checked and not unchecked:
-            self.last_checked = received
+        received = self._replace(source, node, payload)
         received_key = self.join(key) if codec(spec).decode_needs_key else None
         received_units = units and Units(self.join(units.mean), self.join(units.rstd))
         insert_decodes(
             backward, node, received, spec, received_key, stream, order,
             coded=prop.value(coded), units=received_units, host=host, inline=inline,
         )  # fmt: skip
-        self.swapped[source] = payload
+
+    def offload(self, candidate: Candidate) -> None:
+        """Save a copy in host memory in place of the tensor."""
+        source, node = candidate.saved.forward, candidate.saved.backward
+        moved = insert_to_host(self.cut.forward, source)
+        received = self._replace(source, node, moved)
+        insert_fetches(self.cut.backward, node, received)
+
+    def _replace(self, source: fx.Node, node: fx.Node, now: fx.Node) -> fx.Node:
+        """Save ``now`` in place of ``source``; its placeholder, before that of ``source``."""
+        unchecked = torch_private.copy_unchecked_mark(source, now)
+        received = receive(self.cut.backward, now, node)
+        if node is self.last_checked and not unchecked:
+            self.last_checked = received
+        self.swapped[source] = now
+        return received
 
     def _key(self, node: fx.Node) -> fx.Node:
         """The step's random key on the node's device.

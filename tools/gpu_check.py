@@ -76,7 +76,7 @@ KERNELS = (
 # A kernel takes the GPU's compiler about a second: in bf16 those that differ most.
 FUSED = ("affine(bits=4)", "dither(bits=4)", "rotate(bits=2)")  # with what stands around them
 KERNELS_BF16 = ("affine(bits=4)", "dither(bits=4)", "rotate(bits=2)", "cast(format=e4m3)")
-POLICIES = ("inductor", "uniform2", "torch-budget", "uniform4", "lossless")
+POLICIES = ("inductor", "uniform2", "torch-budget", "uniform4", "lossless", "offload")
 LIMITED = ("inductor", "uniform2")  # whose largest batch is sought
 STREAM = 3
 
@@ -337,6 +337,9 @@ def steps(run: Run, task: tuple[str, int, int], reserve: float) -> dict[str, Any
     for policy in POLICIES:
         if run.left < max(reserve, 30):
             rows[policy] = {"skipped": "out of time"}
+            continue
+        if policy == "offload" and not run.cuda:
+            rows[policy] = {"skipped": "the CPU's memory is the host's"}
             continue
         rows[policy] = measure(run, policy, model, batch_size, size)
         print(model, policy, rows[policy], flush=True)

@@ -20,6 +20,7 @@ from fxcompress.choose import is_codable
 from fxcompress.errors import FxCompressError, SettingsError
 from fxcompress.evidence import Calibration
 from fxcompress.pareto import pareto
+from fxcompress.passes.rewrite import UNCODED
 from fxcompress.plan import Plan
 from fxcompress.policies import policy
 from fxcompress.sensitivity import Measured, price, sensitivity
@@ -35,7 +36,6 @@ examples:
 """
 
 SEEDS = "lossless,uniform4,uniform2,fp8,actnn-l3,gact-l1.2,aq-1.25,alam,division,thesis-stoch"
-_EXACT = {"keep", "masks", "shape", "recompute"}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _row(
     variance, unpriced = 0.0, 0
     for tensor in plan.tensors:
         measured = priced.get(tensor.name)
-        if tensor.representation in _EXACT or measured is None:
+        if tensor.representation in UNCODED or measured is None:
             continue
         if measured.weights is None:
             unpriced += 1

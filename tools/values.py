@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fxcompress.choose import is_codable
 from fxcompress.codecs import codec
+from fxcompress.passes.rewrite import UNCODED
 from fxcompress.plan import Plan
 from fxcompress.record import Recording
 from fxcompress.sensitivity import sensitivity
 
 BINS = 48
-_EXACT = {"keep", "masks", "shape", "recompute"}
 
 
 def histograms(plan: Plan, recordings: Sequence[Recording]) -> dict[str, list[dict[str, Any]]]:
@@ -38,7 +38,7 @@ def errors(plan: Plan, recordings: Sequence[Recording]) -> dict[str, float]:
     found = {}
     for name, values in _values(recordings):
         spec = specs.get(name, "")
-        if spec and spec not in _EXACT:
+        if spec and spec not in UNCODED:
             square = float(values.float().square().sum())
             found[name] = (float(_error(values, spec).square().sum()) / max(square, 1e-30)) ** 0.5
     return found
@@ -59,7 +59,7 @@ def _values(recordings: Sequence[Recording]) -> Iterator[tuple[str, Tensor]]:
 def _of(values: Tensor, spec: str) -> Iterator[dict[str, Any]]:
     spread = float(values.float().std())
     yield _histogram(f"Values, standard deviation {spread:.3g}", values)
-    if spec and spec not in _EXACT:
+    if spec and spec not in UNCODED:
         error = _error(values, spec)
         rms = float(error.square().mean().sqrt())
         yield _histogram(f"Quantization error, rms {rms:.3g}", error)

@@ -18,6 +18,7 @@ from fxcompress.plan import Plan, TensorPlan
 from fxcompress.tools.output import megabytes, percent
 from fxcompress.tools.viz_tree import (
     KINDS,
+    UNCODED,
     Module,
     module_tree,
     readable_depth,
@@ -90,7 +91,7 @@ def _detail(kind: str, reason: str, tensors: list[TensorPlan]) -> str:
     if reason:
         return f": {reason}"
     elements = sum(t.numel for t in tensors)
-    if not elements or kind in {"keep", "recompute", "shape"}:
+    if not elements or kind in UNCODED:
         return ""
     bits = 8 * sum(t.bytes_after for t in tensors) / elements
     masks = " with masks" if kind != "exact" and any(t.exact_readers for t in tensors) else ""

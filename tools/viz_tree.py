@@ -34,8 +34,10 @@ KINDS: dict[str, Kind] = {
     "below 1 bit": Kind("#7b3294", "fewer than one bit an element"),
     "averaged": Kind("#9c5a1c", "averages or low frequencies"),
     "recompute": Kind("#47597a", "rebuilt from another saved tensor"),
+    "offload": Kind("#6b4a8f", "as it is, in host memory"),
     "shape": Kind("#cfd3d8", "nothing saved: only its sizes are read"),
 }
+UNCODED = {"keep", "recompute", "offload", "shape"}  # kinds that are representations themselves
 
 _SPEC = re.compile(r"(\w+)(?:\((.*)\))?")
 _BITS = re.compile(r"\bbits=([\d.]+)")
@@ -44,7 +46,7 @@ _NUMBERED = re.compile(r"(.*?)(\d+)")
 
 def kind_of(representation: str, bits: float) -> str:
     """The class of a representation that takes ``bits`` an element."""
-    if representation in {"keep", "recompute", "shape"}:
+    if representation in UNCODED:
         return representation
     family = match[1] if (match := _SPEC.match(representation)) else representation
     if family in {"masks", "bits"}:
@@ -165,7 +167,7 @@ def _likeness(module: Module, tensors: Sequence[TensorPlan]) -> object:
 
 def _coarse(kind: str) -> str:
     """Whether it is coded, not in how many bits."""
-    return kind if kind in {"keep", "exact", "recompute", "shape"} else "coded"
+    return kind if kind in {*UNCODED, "exact"} else "coded"
 
 
 def _merged(run: Sequence[Module]) -> Module:

@@ -10,7 +10,17 @@ from typing import Any
 
 from fxcompress.codecs import codec, codec_names
 from fxcompress.errors import CodecError, SettingsError
-from fxcompress.policies import actnn, average, division, fp8, gact, thesis, transform, uniform
+from fxcompress.policies import (
+    actnn,
+    average,
+    division,
+    fp8,
+    gact,
+    offload,
+    thesis,
+    transform,
+    uniform,
+)
 from fxcompress.policies.base import Policy, Situation
 
 __all__ = ["Policy", "Situation", "check_policy", "policies", "policy"]
@@ -26,6 +36,7 @@ _FIXED = {
         *transform.POLICIES,
         *actnn.POLICIES,
         *fp8.POLICIES,
+        *offload.POLICIES,
         _AUTO,
     )
 }
