@@ -37,6 +37,7 @@ from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.capture import Cut, output_args, placeholders
 from fxcompress.passes.insert import clusters
 from fxcompress.passes.layout import can_pin, copied_inputs
+from fxcompress.passes.products import held_for_sums
 from fxcompress.passes.recipes import Recipe
 from fxcompress.passes.rectified import mask_of
 from fxcompress.passes.rewrite import (
@@ -65,7 +66,7 @@ class Timeline:
 
     Attributes:
         base: buffers that no choice changes.
-        plain_extra: what plain Inductor holds besides (see passes/layout.py).
+        plain_extra: what plain Inductor holds besides (see passes/layout.py, products.py).
         kept: by candidate, bytes if it is kept.
         dropped: by candidate, bytes of the original if the backward does without it.
         decoded: by candidate, bytes of copies that are encoded or decoded if it is coded.
@@ -188,7 +189,7 @@ def timeline(
     for node, saved_as in _incoming(cut).items():
         last = max([step.last[node], *(step.last[n] for n in saved_as)])
         base += step.span(0, last, _bytes(node)) + others * _bytes(node) * bool(saved_as)
-    plain_extra = np.zeros_like(base)
+    plain_extra = _held_for_sums(step, cut)
     if channels_last:
         base += _layout_copies(step)
         for node in copied_inputs(cut):
@@ -339,6 +340,15 @@ def _copies(step: _Step, cut: Cut, readers: Sequence[fx.Node], size: float) -> B
             step.at[r] if r in step.owners or _writes_memory(r) else step.last[r] for r in cluster
         )
         total = np.maximum(total, step.span(step.at[cluster[0]], last, size))
+    return total
+
+
+def _held_for_sums(step: _Step, cut: Cut) -> Bytes:
+    """What plain Inductor keeps for products that it puts off; see passes/products.py."""
+    total = np.zeros(step.end + 1)
+    for _, put_off_to, operands in held_for_sums(cut):
+        for node in operands:
+            total += step.span(step.last[node] + 1, step.at[put_off_to], _bytes(node))
     return total
 
 
