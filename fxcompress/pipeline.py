@@ -25,6 +25,7 @@ from fxcompress.passes.booleans import masks_as_bytes
 from fxcompress.passes.capture import CaptureError, Cut, pair
 from fxcompress.passes.pieces import exact_pieces
 from fxcompress.passes.products import keep_products
+from fxcompress.passes.realise import realise_sums
 from fxcompress.passes.rebase import rebase
 from fxcompress.passes.recompute import recompute
 from fxcompress.passes.rewrite import KEEP, rewrite
@@ -142,6 +143,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         if self.settings.inner == "inductor":
             masks_as_bytes(rewritten)
             keep_products(rewritten)
+            realise_sums(rewritten, channels_last=found.channels_last)
         # Not earlier: what could not be carried out is no plan.
         self._record(key, found.plan)
         self.planned = planned
