@@ -69,7 +69,9 @@ class Timeline:
         plain_extra: what plain Inductor holds besides (see passes/layout.py, products.py).
         kept: by candidate, bytes if it is kept.
         dropped: by candidate, bytes of the original if the backward does without it.
-        decoded: by candidate, bytes of copies that are encoded or decoded if it is coded.
+        prepared: by candidate, bytes of a copy in the units of its channels, or with its zeros
+            filled, that is encoded in its place unless one pass does both.
+        decoded: by candidate, bytes of decoded copies if it is coded.
         fetched: by candidate, bytes of copies that come from host memory if it waits there.
         held: by candidate, 1 while its payload is alive.
         coding: by candidate, 1 where it is encoded or decoded.
@@ -85,6 +87,7 @@ class Timeline:
     plain_extra: Bytes
     kept: dict[str, Bytes]
     dropped: dict[str, Bytes]
+    prepared: dict[str, Bytes]
     decoded: dict[str, Bytes]
     fetched: dict[str, Bytes]
     held: dict[str, Bytes]
@@ -108,6 +111,8 @@ class Timeline:
         if spec is None:
             return self.dropped[name]
         found = self.dropped[name] + self.decoded[name]
+        if not choice.is_fused:
+            found += self.prepared[name]
         found += self.held[name] * payload_bytes(choice.candidate, spec)
         if workspace := workspace_bytes(choice.candidate, spec):
             found += self.coding[name] * workspace
@@ -200,7 +205,8 @@ def timeline(
             else:
                 base += copy
 
-    kept, dropped, decoded, fetched, held, coding = {}, {}, {}, {}, {}, {}
+    kept, dropped, prepared, decoded, fetched = {}, {}, {}, {}, {}
+    held, coding = {}, {}
     rebuilt, rebuilding = _rebuilt(step, cut, candidates, others, channels_last=channels_last)
     masks: dict[fx.Node, Bytes] = {}
     for candidate in candidates:
@@ -215,9 +221,7 @@ def timeline(
         readers = _live_readers(candidate)
         decoded[name] = _copies(step, cut, readers, candidate.own_bytes)
         fetched[name] = _copies(step, cut, _all_readers(candidate), candidate.own_bytes)
-        # A second buffer: in the units of its channels, or with its zeros filled.
-        if units_of(saved.forward) is not None or mask_of(candidate) is not None:
-            decoded[name] += step.span(used, used, size)
+        prepared[name] = step.span(used, used, size if _is_prepared(candidate) else 0)
         for node in candidate.attention:  # its forward runs again, into a buffer of q's size
             decoded[name] += step.span(step.at[node], step.at[node], candidate.own_bytes)
         held[name] = step.span(used, _last_decode(step, cut, readers, used), 1) + others
@@ -238,6 +242,7 @@ def timeline(
         plain_extra,
         kept,
         dropped,
+        prepared,
         decoded,
         fetched,
         held,
@@ -367,6 +372,10 @@ def _layout_copies(step: _Step) -> Bytes:
             assert isinstance(operand, fx.Node)
             total[position] += copies * _bytes(operand)
     return total
+
+
+def _is_prepared(candidate: Candidate) -> bool:
+    return units_of(candidate.saved.forward) is not None or mask_of(candidate) is not None
 
 
 def _all_readers(candidate: Candidate) -> list[fx.Node]:

@@ -7,6 +7,7 @@ between them get a decode each: decoding twice is cheaper than keeping a full te
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,20 +42,58 @@ def insert_encode(
     order: tuple[int, ...],
     *,
     at_once: bool = False,
+    units: Units | None = None,
 ) -> fx.Node:
-    """Encode ``node`` after its last reader, or after itself if ``at_once``; the payload node."""
-    graph = forward.graph
+    """Encode ``node`` after its last reader, or after itself if ``at_once``; the payload node.
+
+    Args:
+        units: statistics to standardise it with in the same pass.
+    """
+    name = "encode" if units is None else "encode_standardised"
+    before = () if units is None else (units.mean, units.rstd)
+    return _encode(forward, name, node, before, (key, spec, stream, list(order)), at_once=at_once)
+
+
+def insert_encode_filled(
+    forward: fx.GraphModule,
+    node: fx.Node,
+    fill: fx.Node,
+    spec: str,
+    key: fx.Node,
+    stream: int,
+    order: tuple[int, ...],
+) -> tuple[fx.Node, fx.Node]:
+    """(payload of a ReLU's output with its zeros filled, that of the mask of them), in one pass."""
+    graph, arguments = forward.graph, (key, spec, stream, list(order))
+    both = _encode(forward, "encode_filled", node, (fill,), arguments)
+    with graph.inserting_after(both):
+        mask = graph.call_function(operator.getitem, (both, 1))
+        payload = graph.call_function(operator.getitem, (both, 0))
+    for part, value in zip((payload, mask), both.meta["val"], strict=True):
+        part.meta = {**_provenance(node), "val": value}
+    return payload, mask
+
+
+def _encode(
+    forward: fx.GraphModule,
+    name: str,
+    node: fx.Node,
+    before: tuple[fx.Node, ...],
+    arguments: tuple[Any, ...],
+    *,
+    at_once: bool = False,
+) -> fx.Node:
+    graph, target = forward.graph, getattr(torch.ops.fxcompress, name).default
     readers = [] if at_once else [u for u in node.users if u.op != "output"]
-    last = max([node, *readers, *([key] if key is not None else [])])
+    nodes = [node, *before, *arguments[:1]]
+    last = max([*(n for n in nodes if n is not None), *readers])
     if last.op == "placeholder":
         last = _last_placeholder(graph)
-    arguments = (node, key, spec, stream, list(order))
     with graph.inserting_after(last):
-        payload = graph.call_function(torch.ops.fxcompress.encode.default, arguments)
-    value = prop.value(node)
-    with torch_private.fake_mode_of(value):
-        fake_key = None if key is None else prop.value(key)
-        encoded = torch.ops.fxcompress.encode(value, fake_key, spec, stream, list(order))
+        payload = graph.call_function(target, (node, *before, *arguments))
+    with torch_private.fake_mode_of(prop.value(node)):
+        given = [n if n is None else prop.value(n) for n in nodes]
+        encoded = target(*given, *arguments[1:])
     payload.meta = {**_provenance(node), "val": encoded}
     return payload
 
@@ -91,34 +130,39 @@ def insert_decodes(
     stream: int,
     order: tuple[int, ...],
     *,
-    coded: torch.Tensor | None = None,
+    coded: torch.dtype | None = None,
     units: Units | None = None,
+    mask: fx.Node | None = None,
     host: bool = False,
     inline: bool = False,
 ) -> None:
     """Let every reader of ``node`` read a decode of ``payload`` instead.
 
     Args:
-        coded: fake value of what was encoded, where that is not ``node`` itself.
+        coded: dtype of what was encoded, where that is not the one of ``node``.
         units: statistics to undo a standardisation with.
+        mask: payload of the mask of what is zero, where the decode is to see to that.
         host: the payload lies in host memory.
         inline: decode by operations on each element, for Inductor to fuse with the readers.
     """
     graph, value = backward.graph, prop.value(node)
-    coded = value if coded is None else coded
+    coded = value.dtype if coded is None else coded
+    name, masks = ("decode", ()) if mask is None else ("decode_filled", (mask,))
     readers = [u for u in node.users if u.op != "output"]
     for cluster in clusters(readers):
         with graph.inserting_before(cluster[0]):
             shape = torch_private.size_arguments(graph, value)
             here = _to_device(graph, payload, value.device) if host else payload
             if inline:
-                decoded = _inlined(graph, here, key, spec, stream, order, coded, cluster[0])
+                like = _laid_out(value, order, coded)
+                decoded = _inlined(graph, here, key, spec, stream, order, like, cluster[0])
             else:
                 decoded = graph.call_function(
-                    torch.ops.fxcompress.decode.default,
-                    (here, key, spec, stream, shape, list(order), coded.dtype),
+                    getattr(torch.ops.fxcompress, name).default,
+                    (here, *masks, key, spec, stream, shape, list(order), coded),
                 )
-                decoded.meta = {**_provenance(cluster[0]), "val": _laid_out(coded, order)}
+                found = _laid_out(value, order, coded)
+                decoded.meta = {**_provenance(cluster[0]), "val": found}
             if units is not None:
                 decoded = restore(graph, decoded, units, value.dtype)
         for reader in cluster:
@@ -197,11 +241,11 @@ def _inlined(
     return copies[result]
 
 
-def _laid_out(value: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """A fake tensor like ``value`` whose memory is contiguous in ``order``."""
+def _laid_out(value: torch.Tensor, order: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A fake tensor of the shape of ``value`` whose memory is contiguous in ``order``."""
     inverse = sorted(range(len(order)), key=order.__getitem__)
     with torch_private.fake_mode_of(value):
-        dense = torch.empty([value.shape[d] for d in order], dtype=value.dtype, device=value.device)
+        dense = torch.empty([value.shape[d] for d in order], dtype=dtype, device=value.device)
         return dense.permute(inverse)
 
 

@@ -39,8 +39,11 @@ def filled(values: Tensor) -> Tensor:
     return torch.where(positive, values, mean.nan_to_num(0.0, 0.0, 0.0).to(values.dtype))
 
 
-def insert_filled(forward: fx.GraphModule, node: fx.Node, mask: fx.Node) -> fx.Node:
-    """`filled` as nodes after the last reader of ``node``; ``mask``: the node ``node <= 0``."""
+def insert_fill(forward: fx.GraphModule, node: fx.Node, mask: fx.Node) -> fx.Node:
+    """What `filled` puts in the place of zeros, as nodes after the last reader of ``node``; 0-dim.
+
+    ``mask``: the node ``node <= 0``.
+    """
     graph = forward.graph
     last = max([mask, *(u for u in node.users if u.op != "output")])
     with graph.inserting_after(last):
@@ -51,10 +54,16 @@ def insert_filled(forward: fx.GraphModule, node: fx.Node, mask: fx.Node) -> fx.N
         mean = call(graph, aten.div.Tensor, call(graph, aten.sum.default, node), count)
         # Not nan_to_num: Inductor decomposes it before the cut and cannot lower it after.
         finite = call(graph, aten.lt.Scalar, call(graph, aten.abs.default, mean), math.inf)
-        mean = call(graph, aten.where.self, finite, mean, _zero(graph, prop.value(node)))
-        coded = call(graph, aten.where.self, mask, mean, node)
+        fill = call(graph, aten.where.self, finite, mean, _zero(graph, prop.value(node)))
     graph.erase_node(end)
-    return coded
+    return fill
+
+
+def insert_filled(forward: fx.GraphModule, node: fx.Node, mask: fx.Node) -> fx.Node:
+    """`filled` as a node after the last reader of ``node``; ``mask``: the node ``node <= 0``."""
+    fill = insert_fill(forward, node, mask)
+    with forward.graph.inserting_after(fill):
+        return call(forward.graph, aten.where.self, mask, fill, node)
 
 
 def insert_masked(backward: fx.GraphModule, candidate: Candidate) -> fx.Node:

@@ -25,13 +25,14 @@ from fxcompress.passes.insert import (
     insert_blank,
     insert_decodes,
     insert_encode,
+    insert_encode_filled,
     insert_fetches,
     insert_key,
     insert_to_host,
 )
 from fxcompress.passes.layout import pin_inputs
 from fxcompress.passes.rebuild import rebuild
-from fxcompress.passes.rectified import insert_filled, insert_masked, mask_of
+from fxcompress.passes.rectified import insert_fill, insert_filled, insert_masked, mask_of
 from fxcompress.passes.standardise import Units, insert_standardised, units_of
 
 KEEP, MASKS, SHAPE, RECOMPUTE, OFFLOAD = "keep", "masks", "shape", "recompute", "offload"
@@ -82,6 +83,13 @@ class Choice:
         device all the while, and the memory model knows of neither.
         """
         return not self.drops_values and self.representation not in {RECOMPUTE, OFFLOAD}
+
+    @property
+    def is_fused(self) -> bool:
+        """What the graph does to the tensor just before it is encoded, and just after it is
+        decoded, is done in the same pass (codecs/fused.py)."""
+        spec = self.codec_spec
+        return spec is not None and codec(spec).fuses and self.lowering != "inductor"
 
     @property
     def knows_zeros(self) -> bool:
@@ -156,23 +164,39 @@ def rewrite(
     exchange = _Exchange(cut, plan_key, channels_last)
     rebuilt = [c.candidate for c in choices if c.representation == RECOMPUTE]
     rebuild(cut, rebuilt, exchange.join, hoisted)
-    rectified = [c for c in choices if c.knows_zeros]
-    masks = {c: hoisted[insert_masked(cut.backward, c.candidate)] for c in rectified}
+    rectified = {c: mask_of(c.candidate) for c in choices if c.knows_zeros}
+    in_one_pass = {mask: c for c, mask in rectified.items() if mask is not None and c.is_fused}
+    masks = {
+        c: hoisted[insert_masked(cut.backward, c.candidate)] for c in rectified if not c.is_fused
+    }
+    streams = {choice: stream for stream, choice in enumerate(choices)}
+    filled: dict[Choice, _Filled] = {}
     for node, twin in hoisted.items():
         spec = integer_spec(prop.integer_range(node))
         inline = spec is not None and inlines_mask(spec, node)
-        exchange.add_hoisted(node, twin, spec, inline)
+        if node in in_one_pass:
+            choice = in_one_pass[node]
+            filled[choice] = exchange.add_filled(choice, streams[choice], node, twin, inline)
+        else:
+            exchange.add_hoisted(node, twin, spec, inline)
     cut.backward.graph.eliminate_dead_code()  # what only led to hoisted nodes needs no decode
-    for stream, choice in enumerate(choices):
+    for choice, stream in streams.items():
         if choice.codec_spec is not None:
-            mask = masks.get(choice)
-            inline = choice.lowering == "inductor"
-            exchange.swap(choice.candidate, choice.codec_spec, stream, choice.host, mask, inline)
+            exchange.swap(choice, stream, masks.get(choice), filled.get(choice))
         elif choice.representation == OFFLOAD:
             exchange.offload(choice.candidate)
         elif choice.representation == SHAPE:
             insert_blank(cut.backward, choice.candidate.saved.backward)
     return exchange.settle()
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """A ReLU's output coded with its mask in one pass: its payload in the forward, and that of the
+    mask in the backward."""
+
+    payload: fx.Node
+    mask: fx.Node
 
 
 class _Exchange:
@@ -198,34 +222,59 @@ class _Exchange:
         received = self.join(payload)
         insert_decodes(self.cut.backward, node, received, spec, None, 0, order, inline=inline)
 
+    def add_filled(
+        self, choice: Choice, stream: int, node: fx.Node, twin: fx.Node, inline: bool
+    ) -> _Filled:
+        """Code a ReLU's output and its mask in one pass, and let the readers of the backward's
+        mask ``node`` read it; ``twin``: that mask in the forward."""
+        forward, order, spec = self.cut.forward, choice.candidate.order, choice.codec_spec
+        source = choice.candidate.saved.forward
+        assert spec is not None
+        fill, key = insert_fill(forward, source, twin), self._key(source)
+        payload, mask = insert_encode_filled(forward, source, fill, spec, key, stream, order)
+        received = self.join(mask)
+        packed = integer_spec((0, 1))
+        assert packed is not None
+        insert_decodes(self.cut.backward, node, received, packed, None, 0, order, inline=inline)
+        return _Filled(payload, received)
+
     def swap(
-        self,
-        candidate: Candidate,
-        spec: str,
-        stream: int,
-        host: bool,
-        mask: fx.Node | None,
-        inline: bool,
+        self, choice: Choice, stream: int, mask: fx.Node | None, filled: _Filled | None
     ) -> None:
-        """Save a payload in place of the tensor; ``mask``: where it is known to be zero."""
-        saved, order = candidate.saved, candidate.order
+        """Save a payload in place of the tensor.
+
+        Args:
+            mask: where it is known to be zero, in the forward.
+            filled: its payload and mask, where these were coded already.
+        """
+        saved, order, spec = choice.candidate.saved, choice.candidate.order, choice.codec_spec
         forward, backward = self.cut.forward, self.cut.backward
         source, node, key = saved.forward, saved.backward, self._key(saved.forward)
+        assert spec is not None
         units = None if codec(spec).lossless else units_of(source)
-        coded = source
-        if units is not None:
-            coded = insert_standardised(forward, source, units)
-        elif mask is not None:
-            coded = insert_filled(forward, source, mask)
-        payload = insert_encode(forward, coded, spec, key, stream, order)
-        if host:
+        dtype = prop.value(source).dtype
+        if filled is not None:
+            payload = filled.payload
+        elif units is not None and choice.is_fused:
+            dtype = torch.promote_types(dtype, prop.value(units.mean).dtype)
+            payload = insert_encode(forward, source, spec, key, stream, order, units=units)
+        else:
+            coded = source
+            if units is not None:
+                coded = insert_standardised(forward, source, units)
+            elif mask is not None:
+                coded = insert_filled(forward, source, mask)
+            dtype = prop.value(coded).dtype
+            payload = insert_encode(forward, coded, spec, key, stream, order)
+        if choice.host:
             payload = insert_to_host(forward, payload)
         received = self._replace(source, node, payload)
         received_key = self.join(key) if codec(spec).decode_needs_key else None
         received_units = units and Units(self.join(units.mean), self.join(units.rstd))
         insert_decodes(
             backward, node, received, spec, received_key, stream, order,
-            coded=prop.value(coded), units=received_units, host=host, inline=inline,
+            coded=dtype, units=received_units, mask=filled and filled.mask, host=choice.host,
+            inline=choice.lowering == "inductor",
         )  # fmt: skip
 
     def offload(self, candidate: Candidate) -> None:

@@ -137,17 +137,37 @@ def name_of(node: fx.Node) -> str:
     return "getitem" if target is operator.getitem else str(target)
 
 
+def argument(node: fx.Node, name: str) -> Any:
+    """What a call of an operator is given under a name of its schema."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [a.name for a in node.target._schema.arguments]
+    return node.args[names.index(name)]
+
+
 def spec_of(node: fx.Node) -> str:
     """Codec of an encode or decode."""
-    return str(node.args[2])
+    return str(argument(node, "codec"))
+
+
+def payloads(cut: Cut) -> dict[str, tuple[fx.Node, str]]:
+    """(the encode that makes it, its codec) of payloads by name: of an encode that fills zeros, of
+    the values and of their mask."""
+    found = {}
+    for node in encodes(cut):
+        if name_of(node) != "fxcompress::encode_filled":
+            found[node.name] = (node, spec_of(node))
+            continue
+        for part in node.users:
+            found[part.name] = (node, "bits(bits=1)" if part.args[1] else spec_of(node))
+    return found
 
 
 def encodes(cut: Cut) -> list[fx.Node]:
-    return calls(cut.forward, "fxcompress::encode")
+    return [n for n in cut.forward.graph.nodes if name_of(n).startswith("fxcompress::encode")]
 
 
 def decodes(cut: Cut) -> list[fx.Node]:
-    return calls(cut.backward, "fxcompress::decode")
+    return [n for n in cut.backward.graph.nodes if name_of(n).startswith("fxcompress::decode")]
 
 
 def descendants(starts: list[fx.Node]) -> set[fx.Node]:
@@ -349,22 +369,24 @@ def test_a_received_value_has_its_name_to_itself() -> None:
 def test_one_key_a_step(coded: Recorder) -> None:
     assert len(calls(coded.after.forward, "fxcompress::next_key")) == 1
     assert not calls(coded.after.backward, "fxcompress::next_key")
-    streams = [n.args[3] for n in encodes(coded.after) if spec_of(n).startswith("affine")]
+    lossy = [n for n in encodes(coded.after) if spec_of(n).startswith("affine")]
+    streams = [argument(n, "stream") for n in lossy]
     assert len(set(streams)) == len(streams), "two tensors share their noise"
 
 
 def test_decode_agrees_with_its_encode(coded: Recorder) -> None:
-    sent = {n.name: n for n in encodes(coded.after)}
+    sent = payloads(coded.after)
     for node in decodes(coded.after):
-        payload = node.args[0]
-        assert isinstance(payload, fx.Node)
-        encode = sent[payload.name]
-        source = encode.args[0]
-        assert isinstance(source, fx.Node)
-        assert node.args[2:4] == encode.args[2:4]
-        assert node.args[5] == encode.args[4]
-        assert list(node.args[4]) == list(source.meta["val"].shape)  # type: ignore[call-overload]
+        encode, spec = sent[argument(node, "payload").name]
+        source = argument(encode, "x")
+        assert spec_of(node) == spec
+        if spec == spec_of(encode):
+            assert argument(node, "stream") == argument(encode, "stream")
+        assert argument(node, "order") == argument(encode, "order")
+        assert list(argument(node, "shape")) == list(source.meta["val"].shape)
         assert node.meta["val"].shape == source.meta["val"].shape
+        if name_of(node) == "fxcompress::decode_filled":
+            assert sent[argument(node, "mask").name] == (encode, "bits(bits=1)")
 
 
 # --- what is left alone, and why ------------------------------------------------------------------
@@ -384,7 +406,7 @@ def test_overlapping_views_are_saved_once(monkeypatch: pytest.MonkeyPatch) -> No
         found = []
         for saved in cut.saved:
             node = saved.forward
-            if name_of(node) == "fxcompress::encode":
+            if name_of(node).startswith("fxcompress::encode"):
                 assert isinstance(node.args[0], fx.Node)
                 node = node.args[0]
             found.append(storage_root(node).name)
@@ -571,7 +593,8 @@ def test_unchecked_tensors_keep_their_slot() -> None:
     assert any(before), "PyTorch no longer marks them: find out how it does now"
     after = [torch_private.is_unchecked(s.forward) for s in recorder.after.saved]
     assert sum(after) == sum(before)
-    joined = {e.name for e in encodes(recorder.after) if spec_of(e).startswith("bits(bits=1)")}
+    sent = payloads(recorder.after)
+    joined = {name for name, (_, spec) in sent.items() if spec == "bits(bits=1)"}
     assert joined, "no mask joins the version-checked ones"
     assert len([e for e in encodes(recorder.after) if spec_of(e).startswith("affine")]) >= 2
     check_order(recorder)

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from side_by_side import Graph, SideBySide
+from test_graphs import payloads
 from torch import Tensor, nn
 from train_small import backend, error, gradients, no_leftovers
 
 import fxcompress
-from fxcompress.passes import properties as prop
 from fxcompress.settings import make
 
 
@@ -87,7 +87,7 @@ def test_one_mask_is_enough(name: str) -> None:
     """The mask that the operator's own gradient takes tells the side. (Two, in a narrow range.)"""
     cut = one(net(BENT[name]), torch.randn(4, 3, 8, 8), "uniform2").cuts["lossy"]
     assert cut is not None
-    specs = [n.args[2] for n in cut.forward.graph.nodes if prop.op_name(n) == "encode"]
+    specs = [spec for _, spec in payloads(cut).values()]
     second = 2 if name in {"hardtanh", "clamp"} else 0  # of narrow ranges that are rebuilt
     own = 6 if name == "one after the other" else 3
     assert specs.count("bits(bits=1)") == own + second
@@ -158,7 +158,7 @@ def test_masks_that_tell_and_masks_that_do_not(mask: Any, masks: int) -> None:
     assert graph.noise.bias == 0.0
     cut = graph.cuts["lossy"]
     assert cut is not None
-    specs = [n.args[2] for n in cut.forward.graph.nodes if prop.op_name(n) == "encode"]
+    specs = [spec for _, spec in payloads(cut).values()]
     assert specs.count("bits(bits=1)") == masks
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_graphs import Recorder, record
+from test_graphs import Recorder, payloads, record
 from torch import Tensor, nn
 
 import fxcompress
@@ -265,10 +265,9 @@ def test_comparisons_of_what_is_rebuilt_from_noise_are_exact() -> None:
     exact = [t for t in recorder.plan.tensors if t.module.startswith("convolutions.3")]
     assert [t.representation for t in exact] == ["keep"]
     # Two masks are saved: of the coded tensor and of the one rebuilt from it.
-    packed = [n for n in recorder.after.saved if op_name(n.forward) == "encode"]
-    bits = [n for n in packed if "bits(bits=1" in str(n.forward.args[2])]
-    assert len(bits) == 2
-    decoded = {"decode"}
+    specs = [spec for _, spec in payloads(recorder.after).values()]
+    assert specs.count("bits(bits=1)") == 2
+    decoded = {"decode", "decode_filled"}
     nodes = recorder.after.backward.graph.nodes
     compared = [n for n in nodes if op_name(n) in {"le", "gt"}]
     assert not [n for n in compared if _depends_on(n, decoded)]

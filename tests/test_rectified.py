@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_graphs import Recorder, calls, decodes, record
+from test_graphs import Recorder, argument, calls, decodes, payloads, record, spec_of
 from torch import Tensor, nn
 
 from fxcompress import backend, rng
@@ -40,9 +40,21 @@ def recording() -> Recording:
     return recorder.recordings()[0]
 
 
-def test_values_are_read_under_their_mask() -> None:
+def test_values_and_masks_are_coded_in_one_pass() -> None:
     recorder: Recorder = record(network(), torch.randn(128, 16), policy="uniform2")
-    values = [d for d in decodes(recorder.after) if "affine" in str(d.args[2])]
+    assert len(calls(recorder.after.forward, "fxcompress::encode_filled")) == 2
+    assert not calls(recorder.after.forward, "fxcompress::encode")
+    values = calls(recorder.after.backward, "fxcompress::decode_filled")
+    masks = calls(recorder.after.backward, "fxcompress::decode")
+    assert len(values) == len(masks) == 2
+    assert {argument(d, "mask") for d in values} == {argument(d, "payload") for d in masks}
+    assert len(payloads(recorder.after)) == 4  # one mask a tensor, for values and threshold
+
+
+def test_values_are_read_under_their_mask() -> None:
+    """Of a codec that does not do it in the same pass."""
+    recorder = record(network(), torch.randn(128, 16), policy="affine(bits=2,group=128)")
+    values = [d for d in decodes(recorder.after) if "affine" in spec_of(d)]
     assert len(values) == 2
     for decoded in values:
         (reader,) = decoded.users
@@ -70,7 +82,7 @@ def test_fill_is_the_mean_of_what_is_positive() -> None:
     assert wide.isfinite().tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("spec", ["rotate(bits=2)", "affine(bits=3)"])
+@pytest.mark.parametrize("spec", ["rotate(bits=2)", "affine(bits=3,group=128)"])
 def test_unbiased_and_as_noisy_as_priced(recording: Recording, spec: str) -> None:
     exact = flat(gradients(recording, recording.cut))
     cut = recording.cut.copy()
