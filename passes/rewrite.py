@@ -164,10 +164,10 @@ def rewrite(
     exchange = _Exchange(cut, plan_key, channels_last)
     rebuilt = [c.candidate for c in choices if c.representation == RECOMPUTE]
     rebuild(cut, rebuilt, exchange.join, hoisted)
-    rectified = {c: mask_of(c.candidate) for c in choices if c.knows_zeros}
-    in_one_pass = {mask: c for c, mask in rectified.items() if mask is not None and c.is_fused}
+    rectified = [c for c in choices if c.knows_zeros]
+    in_one_pass = {mask_of(c.candidate): c for c in rectified if _is_filled(c)}
     masks = {
-        c: hoisted[insert_masked(cut.backward, c.candidate)] for c in rectified if not c.is_fused
+        c: hoisted[insert_masked(cut.backward, c.candidate)] for c in rectified if not _is_filled(c)
     }
     streams = {choice: stream for stream, choice in enumerate(choices)}
     filled: dict[Choice, _Filled] = {}
@@ -188,6 +188,12 @@ def rewrite(
         elif choice.representation == SHAPE:
             insert_blank(cut.backward, choice.candidate.saved.backward)
     return exchange.settle()
+
+
+def _is_filled(choice: Choice) -> bool:
+    """Its zeros are filled, and their mask is coded, in the pass that encodes it. Not where that
+    pass brings it to the units of its channels."""
+    return choice.is_fused and units_of(choice.candidate.saved.forward) is None
 
 
 @dataclass(frozen=True)
@@ -273,8 +279,8 @@ class _Exchange:
         received_units = units and Units(self.join(units.mean), self.join(units.rstd))
         insert_decodes(
             backward, node, received, spec, received_key, stream, order,
-            coded=dtype, units=received_units, mask=filled and filled.mask, host=choice.host,
-            inline=choice.lowering == "inductor",
+            coded=dtype, units=received_units, mask=filled.mask if filled else None,
+            host=choice.host, inline=choice.lowering == "inductor",
         )  # fmt: skip
 
     def offload(self, candidate: Candidate) -> None:

@@ -65,6 +65,43 @@ def test_values_are_read_under_their_mask() -> None:
     assert len(calls(recorder.after.forward, "fxcompress::encode")) == 4
 
 
+@pytest.mark.parametrize("group", [128, 256])
+def test_what_a_batch_norm_reads_has_units_and_a_mask(group: int) -> None:
+    """Coded in units of its channels, in one pass or not, its zeros are exact all the same."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+            self.one, self.other = nn.Conv2d(16, 4, 3), nn.Conv2d(16, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).relu()
+            return self.one(x) + self.other(self.norm(x))
+
+    x = torch.randn(8, 3, 16, 16)
+    policy = f"affine(bits=8,group={group})"
+    recorder = record(Shared(), x, policy=policy)
+    masked = [
+        n for n in recorder.after.backward.graph.nodes if n.target is torch.ops.aten.where.self
+    ]
+    assert masked  # the zeros that are restored
+    assert not calls(recorder.after.forward, "fxcompress::encode_filled")
+    one_pass = calls(recorder.after.forward, "fxcompress::encode_standardised")
+    assert len(one_pass) == (group == 256)
+    model = Shared()
+    compiled = torch.compile(
+        Shared(), backend=backend(policy=policy, min_bytes=0, inner="aot_eager")
+    )
+    for each in (model, compiled):
+        each(x).square().mean().backward()
+    pairs = zip(model.parameters(), compiled.parameters(), strict=True)
+    found = [(p.grad, q.grad) for p, q in pairs]
+    error = flat([a - b for a, b in found])
+    assert 0 < error.norm() < 0.02 * flat([a for a, _ in found]).norm()
+
+
 def test_sum_of_readers_without_a_mask_is_left_alone() -> None:
     class Squared(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
