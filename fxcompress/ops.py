@@ -1,6 +1,7 @@
 """The operators that a rewritten graph calls: fxcompress::next_key, encode and decode; those that
 code with what the graph does just before or after, in one pass; and, where payloads wait in host
-memory, or tensors as they are, to_host and to_device. fxcompress::region stands in users' graphs.
+memory, or tensors as they are, to_host and to_device. fxcompress::fence orders what Inductor does,
+fxcompress::region stands in users' graphs.
 
 They are opaque to Inductor (single-pass kernels), deterministic given their key, and carry no
 autograd formula: they appear in graphs that AOTAutograd has already differentiated.
@@ -55,6 +56,10 @@ _library.define(
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
 )
 _library.define("region(str policy) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "fence(Tensor(a!)[] xs) -> ()",
+    tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
+)
 _library.define(
     "to_host(Tensor x) -> Tensor",
     tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
@@ -148,6 +153,13 @@ def region(policy: str) -> None:
     torch.ops.fxcompress.region(policy)
 
 
+def fence(xs: Sequence[Tensor]) -> None:
+    """Nothing: a compiler that believes the schema has them in memory by then (passes/realise.py).
+
+    xs: intermediate results of the graph, never its inputs or outputs.
+    """
+
+
 def to_host(x: Tensor) -> Tensor:
     """A copy in host memory, laid out alike where x is dense; pinned, and made while the device
     goes on, where there is one.
@@ -179,6 +191,7 @@ _library.impl("encode_standardised", encode_standardised, "CompositeExplicitAuto
 _library.impl("decode_filled", decode_filled, "CompositeExplicitAutograd")
 _library.impl("next_key", next_key, "CompositeExplicitAutograd")
 _library.impl("region", _nothing, "CompositeExplicitAutograd")
+_library.impl("fence", fence, "CompositeExplicitAutograd")
 _library.impl("to_host", to_host, "CompositeExplicitAutograd")
 _library.impl("to_device", to_device, "CompositeExplicitAutograd")
 
@@ -250,6 +263,7 @@ def _next_key_fake(plan: str, device: torch.device) -> Tensor:
 
 
 torch.library.register_fake("fxcompress::region", _nothing, lib=_library)
+torch.library.register_fake("fxcompress::fence", fence, lib=_library)
 
 
 @torch.library.register_fake("fxcompress::to_host", lib=_library)

@@ -143,7 +143,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         if self.settings.inner == "inductor":
             masks_as_bytes(rewritten)
             keep_products(rewritten)
-            realise_sums(rewritten, channels_last=found.channels_last)
+            realise_sums(rewritten)
         # Not earlier: what could not be carried out is no plan.
         self._record(key, found.plan)
         self.planned = planned

@@ -629,15 +629,6 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     return dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
 
 
-def force_strides() -> torch._ops.OpOverload:
-    """An operator that hands a tensor on laid out by the given strides, and that Inductor writes
-    to memory: `prims.inductor_force_stride_order`, which its freezing uses (2.1 to 2.15)."""
-    import torch._inductor.inductor_prims  # registers it
-
-    found: torch._ops.OpOverload = torch.ops.prims.inductor_force_stride_order.default
-    return found
-
-
 def captures_cuda_graphs() -> bool:
     """The graph that is being compiled will be captured as a CUDA graph, as under
     ``mode="reduce-overhead"`` (`torch._inductor.config.triton.cudagraphs`, 2.0 to 2.15)."""

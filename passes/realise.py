@@ -1,83 +1,149 @@
-"""Realise: a sum that outlives what it was computed from is written to memory.
+"""Realise: a sum that outlives what it was computed from is written to memory, and where it stands.
 
 Inductor computes a pointwise result anew for each of its readers as long as that reads no more
-than four tensors. Those must then be there for the last reader. Along a residual stream, whose sums
-are read by a normalisation and by the next sum, it so keeps up to four tensors where one would do:
-three gradients of 12.8 MB in the first stage of a ResNet-50 (batch 16, 112²), 69.0 MB at the peak
-of a step instead of 62.8. Written where it stands, the sum takes one tensor's place, and its
-readers read one instead of four.
+than four tensors, and it fuses a result that it does write with whatever comes later. What it is
+computed from must then be there for the last reader. Along a residual stream, whose sums are read
+by a normalisation and by the next sum, it so keeps up to four tensors where one would do: three
+gradients of 12.8 MB in the first stage of a ResNet-50 (batch 16, 112²), 69.0 MB at the peak of a
+step instead of 62.8; in a DenseNet, where each layer reads all before it, the gradients of a whole
+block.
 
-Only where more dies than is written.
+From one call to the next (a convolution, a product: what never fuses), results that are read
+beyond are chosen such that most dies for what is written: the closure problem of graph theory, by
+a minimum cut. They are given to `fxcompress::fence`, which does nothing but is said to write to
+them: Inductor has them in memory by then, and fuses nothing across it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
+import networkx as nx
 import torch
 from torch import fx
 
 from fxcompress import torch_private
 from fxcompress.passes import properties as prop
-from fxcompress.passes.axes import storage_order
 from fxcompress.passes.capture import Cut, placeholders
-from fxcompress.passes.standardise import call
 
-SMALLEST = 1 << 16  # bytes; less is not worth a kernel's look
+SMALLEST = 1 << 16  # bytes; it is not worth a kernel's while to let less die
+WORTH = 1.5  # bytes that die for each that is written, which also takes time
 
 
-def realise_sums(cut: Cut, *, channels_last: bool) -> None:
-    """Let Inductor write pointwise results whose inputs die by it, in place.
-
-    Args:
-        channels_last: Inductor will lay feature maps out with channels fastest.
-    """
+def realise_sums(cut: Cut) -> None:
+    """Let Inductor write pointwise results whose inputs die by it, in place."""
     inputs = set(placeholders(cut.forward))  # which the caller holds
     received = {s.backward for s in cut.saved if s.forward in inputs}
     for module, free in ((cut.forward, inputs), (cut.backward, received)):
-        for node in outliving(module.graph, free):
-            _realise(module.graph, node, channels_last=channels_last)
+        for group in outliving(module.graph, free):
+            with module.graph.inserting_after(group[-1]):
+                fence = module.graph.call_function(torch.ops.fxcompress.fence.default, (group,))
+            fence.meta["val"] = None
         module.graph.lint()
         module.recompile()
 
 
-def outliving(graph: fx.Graph, free: set[fx.Node]) -> list[fx.Node]:
-    """Pointwise nodes that let more die, before their last reader, than they take themselves.
+def outliving(graph: fx.Graph, free: set[fx.Node]) -> list[list[fx.Node]]:
+    """Pointwise nodes that let more die, before their last reader, than they take themselves, in
+    graph order: a list for each stretch between two calls.
 
     Args:
         free: inputs that are there throughout.
     """
     place = {node: i for i, node in enumerate(graph.nodes)}
-    calls = [place[n] for n in graph.nodes if prop.is_extern(n)]
     written: set[fx.Node] = set()  # what is in memory anyway
     sources: dict[fx.Node, set[fx.Node]] = {}  # in memory, by result that is not
     found = []
+    for region in _regions(graph):
+        _trace(region, written, sources)
+        end = place[region[-1]]
+        front = {n for n in region if n in sources and any(place[r] > end for r in _readers(n))}
+        dying = {}
+        for source in set[fx.Node]().union(*(sources[n] for n in front)) - free:
+            needs = _holders(source, front, written, place, end)
+            if needs and _bytes(source) >= SMALLEST:
+                dying[source] = needs
+        if chosen := _closure(dying):
+            written |= chosen
+            found.append(sorted(chosen))
+            _trace(region, written, sources)
+    return found
+
+
+def _regions(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    """The nodes up to and including each call; our own, which stand by their readers, apart."""
+    region = []
     for node in graph.nodes:
-        if not _is_inlined(node):
+        region.append(node)
+        if prop.is_extern(node) and getattr(node.target, "namespace", "") != "fxcompress":
+            yield region
+            region = []
+    if region:
+        yield region
+
+
+def _trace(
+    region: Sequence[fx.Node], written: set[fx.Node], sources: dict[fx.Node, set[fx.Node]]
+) -> None:
+    """Find what each result of a region that is not in memory is computed from."""
+    for node in region:
+        sources.pop(node, None)
+        if node in written or not _is_inlined(node):
             written.add(prop.storage_root(node))
             continue
-        reads = set[fx.Node]()
-        for other in map(prop.storage_root, node.all_input_nodes):
-            if prop.is_tensor(other):
-                reads |= {other} if other in written else sources.get(other, {other})
-        sources[node] = reads
-        last = _last_read(node, written, place)
-        is_parted = any(place[node] < c < last for c in calls)
-        if not (is_parted and _bytes(node) >= SMALLEST):
-            continue
-        dying = (r for r in reads - free if _last_read(r, {*written, node}, place) < last)
-        if sum(map(_bytes, dying)) > _bytes(node):
-            written.add(node)
-            found.append(node)
+        reads = (prop.storage_root(n) for n in node.all_input_nodes if prop.is_tensor(n))
+        sources[node] = set[fx.Node]().union(
+            *({r} if r in written else sources.get(r, {r}) for r in reads)
+        )
+
+
+def _holders(
+    source: fx.Node,
+    front: set[fx.Node],
+    written: set[fx.Node],
+    place: dict[fx.Node, int],
+    end: int,
+) -> set[fx.Node]:
+    """The results of a region that a tensor is kept for beyond its end; none if also for others."""
+    found: set[fx.Node] = set()
+    pending, seen = [source], {source}
+    while pending:
+        for reader in _readers(pending.pop()):
+            if place[reader] > end:
+                return set()
+            if reader in seen or reader in written or not _is_inlined(reader):
+                continue
+            seen.add(reader)
+            if reader in front:
+                found.add(reader)  # and what it is read by is computed from it
+            elif any(place[r] > end for r in _readers(reader)):
+                return set()  # of a region before
+            else:
+                pending.append(reader)
     return found
+
+
+def _closure(dying: dict[fx.Node, set[fx.Node]]) -> set[fx.Node]:
+    """The results to write such that most bytes die for them; each tensor needs all its holders."""
+    if not dying:
+        return set()
+    network = nx.DiGraph()
+    for source, needs in dying.items():
+        network.add_edge("all", ("dies", source), capacity=_bytes(source))
+        for node in needs:
+            network.add_edge(("dies", source), node)  # without a capacity: unlimited
+            cost = math.inf if prop.has_symbols(node) else WORTH * _bytes(node)
+            network.add_edge(node, "none", capacity=cost)
+    _, (chosen, _) = nx.minimum_cut(network, "all", "none")
+    return {node for node in chosen if isinstance(node, fx.Node)}
 
 
 def _is_inlined(node: fx.Node) -> bool:
     """Inductor may compute it in its readers: pointwise, pure, and no call reads it."""
     if not (prop.is_tensor(node) and prop.is_pointwise(node) and prop.is_pure(node)):
         return False
-    readers = _readers(node)
-    return not any(r.op == "output" or prop.is_extern(r) for r in readers)
+    return not any(r.op == "output" or prop.is_extern(r) for r in _readers(node))
 
 
 def _readers(node: fx.Node) -> Iterable[fx.Node]:
@@ -87,31 +153,6 @@ def _readers(node: fx.Node) -> Iterable[fx.Node]:
             yield from _readers(user)
         else:
             yield user
-
-
-def _last_read(node: fx.Node, written: set[fx.Node], place: dict[fx.Node, int]) -> int:
-    """Where it is read for the last time, by what is written to memory itself."""
-    found, pending, seen = place[node], [node], {node}
-    while pending:
-        for user in _readers(pending.pop()):
-            found = max(found, place[user])
-            if user not in seen and user not in written and _is_inlined(user):
-                seen.add(user)
-                pending.append(user)
-    return found
-
-
-def _realise(graph: fx.Graph, node: fx.Node, *, channels_last: bool) -> None:
-    value = prop.value(node)
-    order, strides, step = storage_order(value, channels_last), [0] * value.dim(), 1
-    for dim in reversed(order):
-        strides[dim], step = step, step * value.shape[dim]
-    readers = list(node.users)
-    with graph.inserting_after(node):
-        here = call(graph, torch_private.force_strides(), node, strides)
-    here.meta = {**node.meta, "val": here.meta["val"]}
-    for reader in readers:
-        reader.replace_input_with(node, here)
 
 
 def _bytes(node: fx.Node) -> int:

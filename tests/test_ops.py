@@ -69,6 +69,7 @@ def test_opcheck() -> None:
         )
         arguments = (*ops.encode_filled(*filling), key, spec, 1, list(x.shape), order, x.dtype)
         torch.library.opcheck(ops.decode_filled.default, arguments)
+    torch.library.opcheck(ops.fence.default, ([x, x + 1],))
     # Of next_key, all but what compares two calls: they differ.
     names = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.next_key.default, ("", CPU), test_utils=names)
@@ -82,7 +83,7 @@ def test_every_operator_is_checked() -> None:
     }
     assert names == {
         *("encode", "encode_filled", "encode_standardised", "decode", "decode_filled"),
-        *("next_key", "to_host", "to_device", "region"),
+        *("next_key", "to_host", "to_device", "region", "fence"),
     }
 
 
