@@ -37,9 +37,7 @@ class Dense(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(
-            nn.Linear(WIDTH * (i + 1), WIDTH) for i in [0, *range(DEPTH - 1)]
-        )
+        self.layers = nn.ModuleList(nn.Linear(WIDTH * max(i, 1), WIDTH) for i in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         found = [torch.tanh(self.layers[0](x))]
