@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.perf_counter() + args.seconds
     if args.rehearse:
         cnn, gpt = ("torchvision:resnet18", 4, 32), ("gpt:small", 2, 32)
-        run = Run("cpu", deadline, 1 << 20, cnn, gpt, 20)
+        run = Run("cpu", deadline, 1 << 20, cnn, gpt, 45)
     else:
         cnn, gpt = ("torchvision:resnet50", 64, 224), ("gpt:small", 64, 512)
         run = Run("cuda", deadline, 1 << 26, cnn, gpt, 8000)
