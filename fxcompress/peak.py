@@ -22,10 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import fx
 
-from fxcompress import torch_private
 from fxcompress.choose import (
     hoisted_bytes,
     payload_bytes,
@@ -189,17 +187,21 @@ def timeline(
             continue
         last = step.end if node in held_by_user else step.last[node]
         first = step.end_forward + 1 if node.op == "placeholder" else step.birth(node)
-        base[first : last + 1] += _bytes(node)
+        base[first : last + 1] += prop.tensor_bytes(node)
 
     for node, saved_as in _incoming(cut).items():
         last = max([step.last[node], *(step.last[n] for n in saved_as)])
-        base += step.span(0, last, _bytes(node)) + others * _bytes(node) * bool(saved_as)
+        base += step.span(0, last, prop.tensor_bytes(node)) + others * prop.tensor_bytes(
+            node
+        ) * bool(saved_as)
     plain_extra = _held_for_sums(step, cut)
     if channels_last:
         base += _layout_copies(step)
         for node in copied_inputs(cut):
             received_copy = next(s.backward for s in cut.saved if s.forward is node)
-            copy = step.span(0, step.last[received_copy], _bytes(node)) + others * _bytes(node)
+            copy = step.span(
+                0, step.last[received_copy], prop.tensor_bytes(node)
+            ) + others * prop.tensor_bytes(node)
             if can_pin(node):
                 plain_extra += copy
             else:
@@ -233,7 +235,7 @@ def timeline(
                 exact_readers = list(node.users)
                 last = _last_decode(step, cut, exact_readers, used)
                 masks[node] = step.span(step.at[saved.forward], last, hoisted_bytes(node))
-                masks[node] += _copies(step, cut, exact_readers, _bytes(node))
+                masks[node] += _copies(step, cut, exact_readers, prop.tensor_bytes(node))
                 masks[node] += others * hoisted_bytes(node)
     names = (n.name for module in (cut.forward, cut.backward) for n in module.graph.nodes)
     payloads = {node: hoisted_bytes(node) for node in masks}
@@ -328,12 +330,12 @@ def workspace_of(recipe: Recipe, *, copies_weights: bool) -> int:
     for node in written:
         is_part = prop.is_view(node) or node.target is operator.getitem
         if not is_part and node is not prop.storage_root(recipe.steps[-1]):
-            alive[place[node] : last[node] + 1] += _bytes(node)
+            alive[place[node] : last[node] + 1] += prop.tensor_bytes(node)
     for node in recipe.steps if copies_weights else ():
         if prop.op_name(node) == "convolution":
             weight = node.args[1]
             assert isinstance(weight, fx.Node)
-            alive[place[node]] += _bytes(weight)
+            alive[place[node]] += prop.tensor_bytes(weight)
     return int(alive.max(initial=0.0))
 
 
@@ -353,7 +355,7 @@ def _held_for_sums(step: _Step, cut: Cut) -> Bytes:
     total = np.zeros(step.end + 1)
     for _, put_off_to, operands in held_for_sums(cut):
         for node in operands:
-            total += step.span(step.last[node] + 1, step.at[put_off_to], _bytes(node))
+            total += step.span(step.last[node] + 1, step.at[put_off_to], prop.tensor_bytes(node))
     return total
 
 
@@ -370,7 +372,7 @@ def _layout_copies(step: _Step) -> Bytes:
         if copies:
             operand = node.args[argument]
             assert isinstance(operand, fx.Node)
-            total[position] += copies * _bytes(operand)
+            total[position] += copies * prop.tensor_bytes(operand)
     return total
 
 
@@ -446,7 +448,11 @@ def _follow_reads(
             elif user in owners:
                 # A fused loop may write over what it is the last to read.
                 positions.append(
-                    at[user] - (prop.is_pointwise(user) and _bytes(user) == _bytes(node))
+                    at[user]
+                    - (
+                        prop.is_pointwise(user)
+                        and prop.tensor_bytes(user) == prop.tensor_bytes(node)
+                    )
                 )
             else:
                 positions.append(last[user])
@@ -490,10 +496,3 @@ def _parameter_gradients(cut: Cut) -> set[fx.Node]:
         for i, node in enumerate(output_args(cut.backward))
         if i in cut.static_inputs and isinstance(node, fx.Node)
     }
-
-
-def _bytes(node: fx.Node) -> int:
-    value = prop.value(node)
-    if not isinstance(value, torch.Tensor):
-        return 0
-    return torch_private.size_hint(value.numel()) * value.element_size()

@@ -86,10 +86,7 @@ def _encode(
     graph, target = forward.graph, getattr(torch.ops.fxcompress, name).default
     readers = [] if at_once else [u for u in node.users if u.op != "output"]
     nodes = [node, *before, *arguments[:1]]
-    last = max([*(n for n in nodes if n is not None), *readers])
-    if last.op == "placeholder":
-        last = _last_placeholder(graph)
-    with graph.inserting_after(last):
+    with graph.inserting_after(_last([*(n for n in nodes if n is not None), *readers])):
         payload = graph.call_function(target, (node, *before, *arguments))
     with torch_private.fake_mode_of(prop.value(node)):
         given = [n if n is None else prop.value(n) for n in nodes]
@@ -100,10 +97,8 @@ def _encode(
 
 def insert_to_host(forward: fx.GraphModule, node: fx.Node) -> fx.Node:
     """Copy a tensor or a payload to host memory after its last reader; the node to be saved."""
-    last = max([node, *(u for u in node.users if u.op != "output")])
-    if last.op == "placeholder":
-        last = _last_placeholder(forward.graph)
-    with forward.graph.inserting_after(last):
+    readers = [u for u in node.users if u.op != "output"]
+    with forward.graph.inserting_after(_last([node, *readers])):
         moved = forward.graph.call_function(torch.ops.fxcompress.to_host.default, (node,))
     with torch_private.fake_mode_of(prop.value(node)):
         value = torch.ops.fxcompress.to_host(prop.value(node))
@@ -254,6 +249,12 @@ def _to_device(graph: fx.Graph, payload: fx.Node, device: torch.device) -> fx.No
     with torch_private.fake_mode_of(prop.value(payload)):
         node.meta["val"] = torch.ops.fxcompress.to_device(prop.value(payload), device)
     return node
+
+
+def _last(nodes: Sequence[fx.Node]) -> fx.Node:
+    """The last of some nodes, after which others may be inserted: inputs come first."""
+    last = max(nodes)
+    return _last_placeholder(last.graph) if last.op == "placeholder" else last
 
 
 def _last_placeholder(graph: fx.Graph) -> fx.Node:

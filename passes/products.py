@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxcompress import torch_private
 from fxcompress.passes import properties as prop
 from fxcompress.passes.capture import Cut, placeholders
 from fxcompress.passes.standardise import call
@@ -36,9 +35,10 @@ def held_for_sums(cut: Cut) -> list[tuple[fx.Node, fx.Node, list[fx.Node]]]:
         held = [
             root
             for root in roots
-            if received.get(root) not in static and _last_read(root, place) < place[total]
+            if received.get(root) not in static
+            and all(place[r] < place[total] for r in prop.readers(root))
         ]
-        if sum(map(_bytes, held)) > _bytes(product):
+        if sum(map(prop.tensor_bytes, held)) > prop.tensor_bytes(product):
             found.append((product, total, held))
     return found
 
@@ -57,16 +57,3 @@ def keep_products(cut: Cut) -> None:
         graph.erase_node(total)
     graph.lint()
     cut.backward.recompile()
-
-
-def _last_read(node: fx.Node, place: dict[fx.Node, int]) -> int:
-    """Place of the last node that reads the memory of ``node``."""
-    reads = [place[node]]
-    for user in node.users:
-        reads.append(_last_read(user, place) if prop.is_view(user) else place[user])
-    return max(reads)
-
-
-def _bytes(node: fx.Node) -> int:
-    value = prop.value(node)
-    return torch_private.size_hint(value.numel()) * value.element_size()

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
+
+from fxcompress import torch_private
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -196,6 +199,23 @@ def storage_root(node: fx.Node) -> fx.Node:
             node = node.args[0]  # type: ignore[assignment]
         else:
             return node
+
+
+def readers(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads the memory of a node, through views."""
+    for user in node.users:
+        if is_view(user):
+            yield from readers(user)
+        else:
+            yield user
+
+
+def tensor_bytes(node: fx.Node) -> int:
+    """Bytes of the node's tensor, dense; 0 where it has none."""
+    val = value(node)
+    if not isinstance(val, torch.Tensor):
+        return 0
+    return torch_private.size_hint(val.numel()) * val.element_size()
 
 
 def is_pure(node: fx.Node) -> bool:

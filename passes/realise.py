@@ -17,13 +17,12 @@ them: Inductor has them in memory by then, and fuses nothing across it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import networkx as nx
 import torch
 from torch import fx
 
-from fxcompress import torch_private
 from fxcompress.passes import properties as prop
 from fxcompress.passes.capture import Cut, placeholders
 
@@ -58,11 +57,11 @@ def outliving(graph: fx.Graph, free: set[fx.Node]) -> list[list[fx.Node]]:
     for region in _regions(graph):
         _trace(region, written, sources)
         end = place[region[-1]]
-        front = {n for n in region if n in sources and any(place[r] > end for r in _readers(n))}
+        front = {n for n in region if n in sources and any(place[r] > end for r in prop.readers(n))}
         dying = {}
         for source in set[fx.Node]().union(*(sources[n] for n in front)) - free:
             needs = _holders(source, front, written, place, end)
-            if needs and _bytes(source) >= SMALLEST:
+            if needs and prop.tensor_bytes(source) >= SMALLEST:
                 dying[source] = needs
         if chosen := _closure(dying):
             written |= chosen
@@ -109,7 +108,7 @@ def _holders(
     found: set[fx.Node] = set()
     pending, seen = [source], {source}
     while pending:
-        for reader in _readers(pending.pop()):
+        for reader in prop.readers(pending.pop()):
             if place[reader] > end:
                 return set()
             if reader in seen or reader in written or not _is_inlined(reader):
@@ -117,7 +116,7 @@ def _holders(
             seen.add(reader)
             if reader in front:
                 found.add(reader)  # and what it is read by is computed from it
-            elif any(place[r] > end for r in _readers(reader)):
+            elif any(place[r] > end for r in prop.readers(reader)):
                 return set()  # of a region before
             else:
                 pending.append(reader)
@@ -130,10 +129,10 @@ def _closure(dying: dict[fx.Node, set[fx.Node]]) -> set[fx.Node]:
         return set()
     network = nx.DiGraph()
     for source, needs in dying.items():
-        network.add_edge("all", ("dies", source), capacity=_bytes(source))
+        network.add_edge("all", ("dies", source), capacity=prop.tensor_bytes(source))
         for node in needs:
             network.add_edge(("dies", source), node)  # without a capacity: unlimited
-            cost = math.inf if prop.has_symbols(node) else WORTH * _bytes(node)
+            cost = math.inf if prop.has_symbols(node) else WORTH * prop.tensor_bytes(node)
             network.add_edge(node, "none", capacity=cost)
     _, (chosen, _) = nx.minimum_cut(network, "all", "none")
     return {node for node in chosen if isinstance(node, fx.Node)}
@@ -143,20 +142,4 @@ def _is_inlined(node: fx.Node) -> bool:
     """Inductor may compute it in its readers: pointwise, pure, and no call reads it."""
     if not (prop.is_tensor(node) and prop.is_pointwise(node) and prop.is_pure(node)):
         return False
-    return not any(r.op == "output" or prop.is_extern(r) for r in _readers(node))
-
-
-def _readers(node: fx.Node) -> Iterable[fx.Node]:
-    """What reads the memory of a node, through views."""
-    for user in node.users:
-        if prop.is_view(user):
-            yield from _readers(user)
-        else:
-            yield user
-
-
-def _bytes(node: fx.Node) -> int:
-    value = prop.value(node)
-    if not isinstance(value, torch.Tensor):
-        return 0
-    return torch_private.size_hint(value.numel()) * value.element_size()
+    return not any(r.op == "output" or prop.is_extern(r) for r in prop.readers(node))
