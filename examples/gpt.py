@@ -34,6 +34,11 @@ def small() -> Config:
     return Config(layers=4, width=256, heads=4, block=256)
 
 
+def base() -> Config:
+    """85 million parameters: GPT-2's layers, for a GPU."""
+    return Config(layers=12, width=768, heads=12, block=512)
+
+
 def tiny() -> Config:
     """0.4 million parameters: to compare policies over several seeds on a CPU."""
     return Config(layers=3, width=128, heads=4, block=64, dropout=0.0)

@@ -8,8 +8,10 @@ installed. Each part is measured as long as time is left, and written down when 
     kernels  every family's kernels equal the reference on CPU, bit for bit (transform: within the
              rounding of its matrix products); their bandwidth beside the device's own copy
     graphs   under a CUDA graph each replay draws new noise, and decodes what eager code does
-    cnn      ResNet-50 in bf16, by policy: step, compile time, saved bytes and true peak
-             (torch.cuda.max_memory_allocated) beside plain Inductor and PyTorch's memory budget
+    cnn      ResNet-50 in bf16, by policy: step, compile time, saved bytes, error of the gradient
+             and true peak (torch.cuda.max_memory_allocated) beside plain Inductor and PyTorch's
+             memory budget; auto@12 saves 1/12 of the bytes, auto@40% has 40 % of plain's peak as
+             its budget, and fails where a step takes more
     batch    the largest batch of ResNet-50 within a fixed peak: predicted, then run
     gpt      as cnn, for a GPT
 
@@ -62,8 +64,9 @@ from torch import Tensor  # noqa: E402
 import fxcompress  # noqa: E402
 from fxcompress import rng, torch_private  # noqa: E402
 from fxcompress.codecs import Codec, codec, fused  # noqa: E402
+from fxcompress.errors import BudgetError, SettingsError  # noqa: E402
 from fxcompress.fit import at_rate, fit  # noqa: E402
-from fxcompress.tools import memory, models  # noqa: E402
+from fxcompress.tools import harness, memory, models  # noqa: E402
 from fxcompress.tools.models import Task  # noqa: E402
 
 KERNELS = (
@@ -76,8 +79,12 @@ KERNELS = (
 # A kernel takes the GPU's compiler about a second: in bf16 those that differ most.
 FUSED = ("affine(bits=4)", "dither(bits=4)", "rotate(bits=2)")  # with what stands around them
 KERNELS_BF16 = ("affine(bits=4)", "dither(bits=4)", "rotate(bits=2)", "cast(format=e4m3)")
-POLICIES = ("inductor", "uniform2", "torch-budget", "uniform4", "lossless", "offload")
-LIMITED = ("inductor", "uniform2")  # whose largest batch is sought
+POLICIES = (
+    *("inductor", "auto@12", "auto@40%", "uniform4", "uniform2"),
+    *("torch-budget", "lossless", "offload"),
+)
+PLAIN = ("inductor", "torch-budget")  # without us
+LIMITED = ("inductor", "auto@12")  # whose largest batch is sought
 STREAM = 3
 
 
@@ -93,7 +100,7 @@ class Run:
     """(model, batch, size)."""
     gpt: tuple[str, int, int]
     peak_mb: float
-    """That the largest batch must stay within."""
+    """Of activations, that the largest batch must stay within."""
 
     @property
     def cuda(self) -> bool:
@@ -119,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         cnn, gpt = ("torchvision:resnet18", 4, 32), ("gpt:small", 2, 32)
         run = Run("cpu", deadline, 1 << 20, cnn, gpt, 45)
     else:
-        cnn, gpt = ("torchvision:resnet50", 64, 224), ("gpt:small", 64, 512)
+        cnn, gpt = ("torchvision:resnet50", 64, 224), ("gpt:base", 16, 512)
         run = Run("cuda", deadline, 1 << 26, cnn, gpt, 8000)
     found: dict[str, Any] = {"machine": _machine(run), "rehearsal": args.rehearse}
     status = 0
@@ -334,6 +341,7 @@ def steps(run: Run, task: tuple[str, int, int], reserve: float) -> dict[str, Any
     """A row a policy, as long as more than `reserve` seconds are left."""
     model, batch_size, size = task
     rows: dict[str, Any] = {}
+    exact = None
     for policy in POLICIES:
         if run.left < max(reserve, 30):
             rows[policy] = {"skipped": "out of time"}
@@ -341,16 +349,29 @@ def steps(run: Run, task: tuple[str, int, int], reserve: float) -> dict[str, Any
         if policy == "offload" and not run.cuda:
             rows[policy] = {"skipped": "the CPU's memory is the host's"}
             continue
-        rows[policy] = measure(run, policy, model, batch_size, size)
-        print(model, policy, rows[policy], flush=True)
-    ok = all("error" not in row for row in rows.values())
+        row = measure(run, policy, model, batch_size, size, rows.get("inductor"))
+        gradient = row.pop("gradient", None)
+        exact = gradient if policy == "inductor" else exact
+        if gradient is not None and exact is not None:
+            row["grad_error"] = float((gradient - exact).norm() / exact.norm())
+        rows[policy] = row
+        print(model, policy, row, flush=True)
+    ok = all("error" not in row and row.get("holds", True) for row in rows.values())
     return {"ok": ok, "model": model, "batch": batch_size, "size": size, "rows": rows}
 
 
-def measure(run: Run, policy: str, model: str, batch_size: int, size: int) -> dict[str, Any]:
-    """One policy on one model: what a row of the table says, or why there is none."""
+def measure(
+    run: Run, policy: str, model: str, batch_size: int, size: int, plain: dict[str, Any] | None
+) -> dict[str, Any]:
+    """One policy on one model: what a row of the table says, or why there is none.
+
+    Args:
+        plain: the row of plain Inductor, of whose peak a budget is a share.
+    """
     try:
-        return _measure(run, policy, model, batch_size, size)
+        return _measure(run, _settings(policy, plain), model, batch_size, size)
+    except BudgetError as error:
+        return {"refused": str(error)[:500]}
     except Exception as error:
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"[:500]}
@@ -361,10 +382,22 @@ def measure(run: Run, policy: str, model: str, batch_size: int, size: int) -> di
             torch.cuda.empty_cache()
 
 
-def _measure(run: Run, policy: str, model: str, batch_size: int, size: int) -> dict[str, Any]:
+def _settings(policy: str, plain: dict[str, Any] | None) -> dict[str, Any]:
+    """Of the backend; ``auto@40%`` has that share of plain Inductor's peak as its budget."""
+    if not policy.endswith("%"):
+        return {"policy": policy} if policy in PLAIN else harness.settings_of(policy)
+    if plain is None or "activations_mb" not in plain:
+        raise SettingsError(f"{policy}: plain Inductor's peak is not known")
+    base, _, share = policy.partition("@")
+    return {"policy": base, "budget_mb": float(share[:-1]) / 100 * plain["activations_mb"]}
+
+
+def _measure(
+    run: Run, settings: dict[str, Any], model: str, batch_size: int, size: int
+) -> dict[str, Any]:
     torch.manual_seed(0)
     task = _bf16(models.load(model, batch_size, size, run.device))
-    compiled = torch.compile(task.model, backend=_backend(policy))
+    compiled = torch.compile(task.model, backend=_backend(settings))
 
     def step() -> None:
         task.model.zero_grad(set_to_none=True)
@@ -374,19 +407,19 @@ def _measure(run: Run, policy: str, model: str, batch_size: int, size: int) -> d
     step()
     saved = memory.measure_saved(task.forward(compiled), task.held())
     task.model.zero_grad(set_to_none=True)
-    peak, left = _peak(run, step, task)
-    times = sorted(_clock(step) for _ in range(10 if run.cuda else 2))
-    planned = None
-    if policy not in ("inductor", "torch-budget"):
-        planned = fxcompress.explain(compiled).planned_peak_bytes
-    return {
-        "step_ms": median(times) * 1e3,
-        "compile_s": compile_s,
-        "saved_mb": saved.activation_bytes / 1e6,
-        "peak_mb": peak / 1e6,
-        "gradients_mb": left / 1e6,
-        "planned_peak_mb": None if planned is None else planned / 1e6,
-    }
+    row: dict[str, Any] = {"compile_s": compile_s, "saved_mb": saved.activation_bytes / 1e6}
+    row |= _peaks(run, step, task)
+    row["step_ms"] = median(_clock(step) for _ in range(20 if run.cuda else 2)) * 1e3
+    if settings["policy"] not in PLAIN:
+        row["planned_mb"] = (fxcompress.explain(compiled).planned_peak_bytes or 0) / 1e6
+    if "budget_mb" in settings:
+        row["budget_mb"] = settings["budget_mb"]
+        row["holds"] = row["activations_mb"] <= row["budget_mb"]
+    torch.manual_seed(1)
+    fxcompress.manual_seed(1)
+    step()
+    gradients = [p.grad.flatten() for p in task.model.parameters() if p.grad is not None]
+    return {**row, "gradient": torch.cat(gradients).float().cpu()}
 
 
 def _bf16(task: Task) -> Task:
@@ -394,27 +427,31 @@ def _bf16(task: Task) -> Task:
     return replace(task, model=task.model.bfloat16(), inputs=inputs)
 
 
-def _backend(policy: str) -> Any:
-    """The backend of a policy; PyTorch's own budget is asked for half of the activations."""
-    if policy == "torch-budget":
+def _backend(settings: dict[str, Any]) -> Any:
+    """PyTorch's own budget is asked for half of the activations."""
+    if settings["policy"] == "torch-budget":
         return torch_private.inductor_with_memory_budget(0.5)
-    return "inductor" if policy == "inductor" else fxcompress.backend(policy=policy)
+    return "inductor" if settings["policy"] == "inductor" else fxcompress.backend(**settings)
 
 
-def _peak(run: Run, step: Callable[[], None], task: Task) -> tuple[int, int]:
-    """(bytes over what was there before the step, gradients included; bytes of gradients)."""
-    if not run.cuda:
-        measured = memory.measure_step(step, task.model.parameters())
-        return measured.peak_bytes, measured.gradient_bytes
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    gradients = sum(p.grad.nbytes for p in task.model.parameters() if p.grad is not None)
+def _peaks(run: Run, step: Callable[[], None], task: Task) -> dict[str, float]:
+    """MB over what was there before a step.
+
+    `peak_mb` is all, as CUDA counts it (on a CPU there is no such count); `activations_mb` is
+    without the gradients of parameters, as budgets are understood.
+    """
+    measured = memory.measure_step(step, task.model.parameters())
+    found = {"activations_mb": measured.peak_bytes / 1e6}
     task.model.zero_grad(set_to_none=True)
-    return peak, gradients
+    if run.cuda:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        found["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
+        task.model.zero_grad(set_to_none=True)
+    return found
 
 
 # ---- largest batch ----
@@ -425,19 +462,23 @@ def batch(run: Run, rows: dict[str, Any]) -> dict[str, Any]:
     model, number, size = run.cnn
     found: dict[str, Any] = {}
     for policy in LIMITED:
-        peak = rows.get(policy, {}).get("peak_mb")
+        peak = rows.get(policy, {}).get("activations_mb")
         if peak is None or run.left < 30:
             found[policy] = {"skipped": "out of time"}
             continue
         tried = []
         largest = int(number * run.peak_mb / peak)
         for _ in range(2):  # the second where the first was too large
-            row = measure(run, policy, model, largest, size)
+            row = measure(run, policy, model, largest, size, None)
+            row.pop("gradient", None)
             tried.append({"batch": largest, **row})
-            if "peak_mb" not in row or row["peak_mb"] <= run.peak_mb or run.left < 60:
+            reached = row.get("activations_mb")
+            if reached is None or reached <= run.peak_mb or run.left < 60:
                 break
-            largest = int(largest * run.peak_mb / row["peak_mb"] * 0.99)
-        fits = [t["batch"] for t in tried if t.get("peak_mb", run.peak_mb + 1) <= run.peak_mb]
+            largest = int(largest * run.peak_mb / reached * 0.99)
+        fits = [
+            t["batch"] for t in tried if t.get("activations_mb", run.peak_mb + 1) <= run.peak_mb
+        ]
         found[policy] = {"largest": max(fits, default=None), "tried": tried}
         print(policy, found[policy], flush=True)
     sizes = [found[policy].get("largest") for policy in LIMITED]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.util import find_spec
 
-OWN = ("cifar:resnet20", "gpt:small", "gpt:tiny")
+OWN = ("cifar:resnet20", "gpt:base", "gpt:small", "gpt:tiny")
 
 
 def known(kind: str = "") -> list[str]:

@@ -23,7 +23,7 @@ from fxcompress.tools.model_names import near, suggestion
 SPECS = """\
 torchvision:NAME   a torchvision classifier, 10 classes, random images of size x size
 cifar:resnet20     the small ResNet of examples/resnet.py, for 32 x 32 images
-gpt:small          the GPT of examples/gpt.py, or gpt:tiny; size is the sequence length
+gpt:small          the GPT of examples/gpt.py (also tiny, base); size is the sequence length
 hf:NAME            transformers: a model type (gpt2, vit, ...) or a folder with config.json, with
                    entries of its configuration as in hf:bert(num_hidden_layers=4,hidden_size=256)
 NAME-ara, NAME-asa any of these with the auxiliary activations of fxcompress.nn
@@ -130,8 +130,8 @@ def _torchvision(name: str, batch: int, size: int) -> Task:
 
 def _gpt(name: str, batch: int, size: int) -> Task:
     module = _example("gpt")
-    if name not in {"small", "tiny"}:
-        raise ModelError(f"examples/gpt.py has no gpt:{name}; use gpt:small or gpt:tiny")
+    if name not in {"tiny", "small", "base"}:
+        raise ModelError(f"examples/gpt.py has no gpt:{name}; use gpt:tiny, gpt:small or gpt:base")
     config = replace(getattr(module, name)(), block=size)
     tokens = torch.randint(config.vocabulary, (2, batch, size))
     return Task(name, module.GPT(config), (tokens[0], tokens[1]), lambda loss: loss)
