@@ -5,6 +5,7 @@ together; the table is kept beside Inductor's cache, so that a later process pla
 is estimated from its matrix products and its saved bytes, at rates measured with the table: what
 matters to a plan is the proportion of the two. On a CPU all is measured on one thread in its own
 time: by the clock, on a busy machine, two threads that wait for each other took 200 times as long.
+On a GPU, by its own clock.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fxcompress import __version__, files, ops, schema, torch_private
 from fxcompress.agree import agreed
 from fxcompress.codecs import codec, states
 from fxcompress.codecs.transform import RATES, Transform, coder
+from fxcompress.kernels import ahead
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate, saved_bytes
 from fxcompress.passes.capture import Cut
@@ -37,12 +39,15 @@ from fxcompress.program import TIME_PRICE
 
 log = logging.getLogger("fxcompress")
 
-FORMAT = 4
+FORMAT = 5
 LARGEST_FILE = 1 << 20
 # Each saved byte is written, read again in the backward, and has a gradient that is written and
 # read, and as much again is moved on the way: an estimate for what no matrix product counts.
 MOVES = 6
 _ELEMENTS = 1 << 19
+_GPU_ELEMENTS = 1 << 26  # more than caches hold
+_GPU_SIDE = 4096
+_BUSY = 24  # products of that size: some 4 ms of the fastest GPU
 _COPIED = 1 << 23  # so much that the allocator asks the system for it
 _REPEATS = 5
 _SIDE = 384  # of the matrices that are multiplied to see how fast
@@ -200,21 +205,30 @@ def _measure(device: torch.device) -> Rates:
     from fxcompress.fit import at_rate, fit
     from fxcompress.ladder import specs  # which reads our clock
 
-    x = torch.randn(_ELEMENTS // _WIDTH, _WIDTH, device=device)
+    on_gpu = device.type != "cpu"
+    elements, side = (_GPU_ELEMENTS, _GPU_SIDE) if on_gpu else (_ELEMENTS, _SIDE)
+    dtype = torch.bfloat16 if on_gpu else torch.float32  # as training has it there
+    x = torch.randn(elements // _WIDTH, _WIDTH, device=device, dtype=dtype)
     key = torch.tensor([1, 2], device=device)
+    square = torch.randn(side, side, device=device, dtype=dtype)
+    seconds: Callable[[Callable[[], Any]], float]
+    seconds = partial(gpu_seconds, busy=square) if on_gpu else partial(_seconds, device=device)
 
-    def both_ways(spec: str) -> float:
+    def both_ways(spec: str, x: Tensor = x) -> Tensor:
         found = codec(spec)
-        seconds = _seconds(
-            lambda: found.decode(found.encode(x, key, 1), x.shape, x.dtype, key, 1), device
-        )
-        return round(seconds / x.numel() * 1e9, 3)
+        return found.decode(found.encode(x, key, 1), x.shape, x.dtype, key, 1)
 
-    coders = {spec: both_ways(spec) for spec in specs()}
-    fitted = at_rate(fit(x, [torch.randn_like(x)], -1), 2.0)
-    basis = both_ways(fitted.spec) - _of_bands(fitted, coders)
-    square = torch.randn(_SIDE, _SIDE, device=device)
-    multiply = _seconds(lambda: square @ square, device)
+    def nanoseconds(spec: str) -> float:
+        return round(seconds(lambda: both_ways(spec)) / x.numel() * 1e9, 5)
+
+    if on_gpu:
+        nothing = x.to("meta")
+        ahead.build([partial(both_ways, spec, nothing) for spec in specs()])
+    coders = {spec: nanoseconds(spec) for spec in specs()}
+    sample = x[: _ELEMENTS // _WIDTH].float()
+    fitted = at_rate(fit(sample, [torch.randn_like(sample)], -1), 2.0)
+    basis = nanoseconds(fitted.spec) - _of_bands(fitted, coders)
+    multiply = seconds(lambda: square @ square)
     large = torch.empty(_COPIED, device=device)
 
     def there_and_back() -> Tensor:
@@ -223,10 +237,28 @@ def _measure(device: torch.device) -> Rates:
     return Rates(
         coders,
         max(basis, 0.0),
-        round(2 * _SIDE**3 / multiply, -8),
-        round(large.nbytes / _seconds(large.clone, device), -8),
-        0.0 if device.type == "cpu" else round(large.nbytes / _seconds(there_and_back, device), -8),
+        round(2 * side**3 / multiply, -8),
+        round(x.nbytes / seconds(x.clone) if on_gpu else large.nbytes / seconds(large.clone), -8),
+        round(large.nbytes / _seconds(there_and_back, device), -8) if on_gpu else 0.0,
     )
+
+
+def gpu_seconds(call: Callable[[], Any], busy: Tensor) -> float:
+    """What a call takes a GPU, by its own clock: the least of a few.
+
+    busy: a large square matrix on it. Its products come first, so that the calls wait in the queue
+    and follow each other at once; else the time would be that of starting them.
+    """
+    call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(_REPEATS)]
+    for _ in range(_BUSY):
+        busy @ busy
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize(busy.device)
+    return min(start.elapsed_time(end) for start, end in events) / 1e3
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:

@@ -141,6 +141,10 @@ def _efficient_gpu(*args: Any, scale: float | None = None) -> tuple[Tensor | Non
     return (*found, None)
 
 
+def _cudnn_gpu(*args: Any, scale: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    return _attention_backward(*args[:4], causal=args[14], mask=args[8], scale=scale)
+
+
 def _multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return a * b + c
 
@@ -151,4 +155,5 @@ _STAND_INS: dict[Any, Callable[..., Any]] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_cpu,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_gpu,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_gpu,
+    aten._scaled_dot_product_cudnn_attention_backward.default: _cudnn_gpu,
 }

@@ -16,6 +16,7 @@ from fxcompress.decision import Baseline, Decision, baseline, leave_alone, reaso
 from fxcompress.describe import describe
 from fxcompress.errors import BudgetError, SettingsError
 from fxcompress.evidence import Calibration, TensorEvidence, signature
+from fxcompress.kernels import ahead
 from fxcompress.ledger import Ledger
 from fxcompress.lifetimes import located
 from fxcompress.lowering import lowered, of_mask
@@ -147,6 +148,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         # Not earlier: what could not be carried out is no plan.
         self._record(key, found.plan)
         self.planned = planned
+        ahead.build_for((rewritten.forward, rewritten.backward))
         return rewritten.forward, rewritten.backward
 
     def _plan(self, cut: Cut) -> Planned:

@@ -7,7 +7,7 @@ energies) is measured on recordings; so is what a plan does to the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ class Recording:
         inputs: real values of the forward's placeholders.
         tangents: real values of the backward's tangent placeholders, by name.
         random_state: of PyTorch's CPU generator when the forward ran, for the same dropout.
+        gpu_states: of those of GPUs, by index.
         min_bytes: smaller tensors are no candidates.
     """
 
@@ -48,6 +49,7 @@ class Recording:
     tangents: dict[str, Any]
     random_state: Tensor
     min_bytes: int
+    gpu_states: Mapping[int, Tensor] = field(default_factory=dict)
 
     def parameter_gradients(self) -> list[int]:
         """Positions, among the backward's outputs, of gradients of parameters."""
@@ -73,6 +75,8 @@ def run_forward(
     ]
     with torch.random.fork_rng():
         torch.set_rng_state(recording.random_state)
+        for index, state in recording.gpu_states.items():
+            torch.cuda.set_rng_state(state, index)
         outputs, watched = evaluate(cut.forward, inputs, watch)
     return outputs[cut.num_outputs :], watched
 
@@ -100,7 +104,7 @@ class Recorder:
     inner: str = "inductor"
     prepared: list[tuple[Cut, tuple[Candidate, ...], bool, int]] = field(default_factory=list)
     inputs: dict[int, tuple[Any, ...]] = field(default_factory=dict)
-    random_states: dict[int, Tensor] = field(default_factory=dict)
+    random_states: dict[int, tuple[Tensor, dict[int, Tensor]]] = field(default_factory=dict)
     tangents: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -120,8 +124,9 @@ class Recorder:
         """
         found = tuple(
             Recording(
-                *(*self.prepared[i], self.inputs[i], self.tangents[i], self.random_states[i]),
+                *(*self.prepared[i], self.inputs[i], self.tangents[i], self.random_states[i][0]),
                 min_bytes=self.min_bytes,
+                gpu_states=self.random_states[i][1],
             )
             for i in sorted(self.tangents)
         )
@@ -163,7 +168,7 @@ class Recorder:
                     if n.name not in saved and not torch_private.is_sym_node(n)
                 }
             elif index is not None:
-                self.random_states[index] = torch.get_rng_state()
+                self.random_states[index] = torch.get_rng_state(), _gpu_states(arguments)
                 self.inputs[index] = _before_mutation(graph, arguments)
             return evaluate(graph, arguments)[0]
 
@@ -179,6 +184,12 @@ def record(step: Callable[[Recorder], None], min_bytes: int) -> tuple[Recording,
     recorder = Recorder(min_bytes)
     step(recorder)
     return recorder.recordings()
+
+
+def _gpu_states(arguments: Sequence[Any]) -> dict[int, Tensor]:
+    """Of the generators of the GPUs that these tensors are on."""
+    on = {x.device.index for x in arguments if isinstance(x, Tensor) and x.is_cuda}
+    return {index: torch.cuda.get_rng_state(index) for index in sorted(on)}
 
 
 def _before_mutation(graph: fx.GraphModule, arguments: Sequence[Any]) -> tuple[Any, ...]:

@@ -288,6 +288,12 @@ def attention_forward(node: torch.fx.Node) -> tuple[Any, tuple[Any, ...], dict[s
             return None
         op = aten._scaled_dot_product_efficient_attention.default
         return op, (bias, True, dropout, causal), scale
+    if node.target is aten._scaled_dot_product_cudnn_attention_backward.default:
+        bias, dropout, causal = args[8], args[13], args[14]
+        if dropout != 0.0:
+            return None
+        op = aten._scaled_dot_product_cudnn_attention.default
+        return op, (bias, True, dropout, causal), scale
     return None
 
 
@@ -300,7 +306,9 @@ def is_attention_without_dropout(node: torch.fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return False
     name = target._schema.name.removeprefix("aten::_scaled_dot_product_")
-    if name not in {"flash_attention_for_cpu", "flash_attention", "efficient_attention"}:
+    if name not in {
+        *("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"),
+    }:
         return False
     arguments = target._schema.arguments
     place = next(i for i, a in enumerate(arguments) if a.name == "dropout_p")

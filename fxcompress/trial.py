@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from fxcompress import rng
 from fxcompress.choose import is_codable
 from fxcompress.evidence import Price, TensorEvidence
+from fxcompress.kernels import ahead
 from fxcompress.passes.analyse import Candidate, analyse
 from fxcompress.passes.capture import Cut
 from fxcompress.passes.rewrite import KEEP, OFFLOAD, RECOMPUTE, Choice, rewrite
@@ -64,6 +65,7 @@ def attempt(
 
     def measured(coded: Sequence[str]) -> float:
         cut = _rewritten(recording, {**_rebuilt(chosen), **{n: chosen[n] for n in coded}})
+        ahead.build_for((cut.forward, cut.backward))
         total = 0.0
         for seed in range(SEEDS):
             rng.manual_seed(seed)

@@ -13,13 +13,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from codec_checks import FLOATS, step_key
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -213,14 +214,14 @@ def test_fused(c: Affine | Dither | Rotate, dtype: torch.dtype) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("number", "c"), [(1, Affine(3)), (2, Rotate(2))], ids=str)
+@pytest.mark.parametrize(("vector", "warps", "c"), [(16, 8, Affine(3)), (8, 4, Rotate(2))], ids=str)
 def test_every_configuration_gives_the_same_bits(
-    number: int, c: Codec, monkeypatch: pytest.MonkeyPatch
+    vector: int, warps: int, c: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fxcompress.kernels.triton import common
 
-    monkeypatch.setattr(common, "CONFIGS", common.CONFIGS[number:])
-    check(c, awkward(common.CONFIGS[0].warps // 4 * tile(torch.float32) + 333, torch.float32))
+    monkeypatch.setattr(common, "CONFIG", common.Config(vector, warps))
+    check(c, awkward(warps // 4 * tile(torch.float32) + 333, torch.float32))
 
 
 @interpreted
@@ -447,28 +448,37 @@ def test_launches_are_recorded_without_a_gpu() -> None:
 
 
 @compiled
-def test_the_fastest_configuration_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxcompress.kernels.triton import common
-    from fxcompress.kernels.triton.affine import decode_kernel as kernel
+def test_kernels_of_a_graph_are_built_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a GPU that is not there: they are compiled, in threads, and none is launched."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
 
-    timed: list[int] = []
+    from fxcompress.kernels import ahead
 
-    def seconds(launches: list[kernels.Launch]) -> float:
-        timed.append(launches[0].warps)
-        return 1 / launches[0].warps
-
-    monkeypatch.setattr(common, "seconds", seconds)
-    monkeypatch.setattr(common, "_fastest", {})
-    large, small = (torch.empty(size, device="meta") for size in (1 << 22, 1 << 20))
-    assert common.launches(kernel, large, 256)[0].warps == 4  # there is nothing to time on
-    monkeypatch.setattr(common, "can_time", lambda x: True)
-    assert common.launches(kernel, small, 256)[0].warps == 4
-    assert not timed
-    assert common.launches(kernel, large, 256)[0].warps == max(timed) == 8
-    assert len(timed) == len(common.CONFIGS)
-    assert common.launches(kernel, small, 256)[0].warps == 8
-    assert common.launches(kernel, large, 512)[0].warps == 8  # another kind
-    assert len(timed) == 2 * len(common.CONFIGS)
+    h100 = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+    graph = fx.Graph()
+    x, key = (graph.placeholder(name) for name in ("x", "key"))
+    x.meta["val"] = torch.empty(3, 1 << 16, dtype=torch.bfloat16, device="meta")
+    key.meta["val"] = torch.empty(2, dtype=torch.int64, device="meta")
+    coded = graph.call_function(
+        torch.ops.fxcompress.encode.default, (x, key, "affine(bits=7)", 3, [0, 1])
+    )
+    coded.meta["val"] = torch.empty(1, dtype=torch.uint8, device="meta")
+    graph.output(coded)
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    ahead.build_for([module])
+    assert not kernels._under_way  # it is on no GPU
+    monkeypatch.setattr(ahead, "_is_on_gpu", lambda node: True)
+    monkeypatch.setattr(driver, "_active", h100)
+    ahead.build_for([module])
+    (built,) = kernels._under_way
+    kernels._await_builds()
+    assert built.kernel.asm["cubin"]
+    assert not kernels._under_way
 
 
 VIEWS = {"detach", "new_empty", "empty", "slice", "view"}

@@ -6,8 +6,10 @@ second.
 
 from __future__ import annotations
 
-import math
+import logging
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("fxcompress")
 
 LARGEST = 1 << 15  # elements of a group that a program's registers hold
 
@@ -45,6 +49,7 @@ class Recorder:
 
 
 _recorder: Recorder | None = None
+_under_way: list[Any] = []  # kernels that threads are compiling
 
 
 def takes(x: Tensor, group: int) -> bool:
@@ -65,6 +70,7 @@ def run(launches: Sequence[Launch]) -> None:
     if _recorder is not None:
         _recorder.launches.extend(launches)
         return
+    _await_builds()
     for launch in launches:
         try:
             with torch.cuda.device_of(launch.arguments[0]):
@@ -77,28 +83,35 @@ def run(launches: Sequence[Launch]) -> None:
             raise BuildError(f"{type(error).__name__}: {error}") from error
 
 
-def can_time(x: Tensor) -> bool:
-    """Launches on x would run now, on a GPU that may be waited for: no graph is being captured."""
-    return x.is_cuda and _recorder is None and not torch.cuda.is_current_stream_capturing()
+def build_ahead(launches: Sequence[Launch]) -> None:
+    """Start compiling them, in threads: most of that is done outside Python.
 
-
-def seconds(launches: Sequence[Launch], repeats: int = 5) -> float:
-    """The least time that launches take; they write the same each time. Waits for the GPU.
-
-    inf where they cannot be built: another way may.
+    `run` waits for what is under way. What cannot be built is found out when it is run.
     """
+    if not launches:
+        return
+    import triton
+
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 16))
     try:
-        run(launches)
-    except BuildError:
-        return math.inf
-    with torch.cuda.device_of(launches[0].arguments[0]):
-        events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(repeats)]
-        for start, end in events:
-            start.record()
-            run(launches)
-            end.record()
-        events[-1][1].synchronize()
-    return min(start.elapsed_time(end) for start, end in events) / 1e3
+        with triton.AsyncCompileMode(pool, ignore_errors=True) as mode:  # since Triton 3.4
+            for launch in launches:
+                launch.kernel.warmup(
+                    *launch.arguments,
+                    grid=(launch.programs,),
+                    **launch.constants,
+                    **launch.options,
+                )
+            _under_way.extend(mode.future_kernels.values())
+            mode.raw_futures.clear()  # or it waits for them, now
+    except Exception as error:
+        log.debug("kernels are not built ahead: %s", error)
+    pool.shutdown(wait=False)
+
+
+def _await_builds() -> None:
+    while _under_way:
+        _under_way.pop().result(ignore_errors=True)
 
 
 def warp_size() -> int:

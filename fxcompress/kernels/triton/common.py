@@ -12,7 +12,6 @@ tensor, the masked one, which the compiler cannot vectorise.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxcompress.kernels.triton import Launch, can_time, seconds, warp_size
+from fxcompress.kernels.triton import Launch, warp_size
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,13 @@ class Config:
     warps: int = 4
 
 
-# The first stands where nothing is timed. Any gives the same bits: random numbers belong to
-# elements, and sums that could depend on the order are of integers.
-CONFIGS = (Config(), Config(warps=8), Config(vector=8))
-_TIMED = 1 << 22  # elements; a smaller tensor is over too soon to tell
-_fastest: dict[Hashable, Config] = {}
+# Any gives the same bits: random numbers belong to elements, and sums that could depend on the
+# order are of integers. One for all: what timing a few for each kernel could gain on a GPU is less
+# than compiling them takes (tools/gpu_check.py measures it).
+CONFIG = Config()
 
 
-def pieces(numel: int, group: int, itemsize: int, config: Config = CONFIGS[0]) -> list[Piece]:
+def pieces(numel: int, group: int, itemsize: int) -> list[Piece]:
     """The whole tiles of the fast path, and what is left over for the masked one.
 
     Two launches, since one kernel of both paths would take the registers of the worse.
@@ -64,12 +62,12 @@ def pieces(numel: int, group: int, itemsize: int, config: Config = CONFIGS[0]) -
     width, found = triton.next_power_of_2(group // 8), []
     groups, first = -(-numel // group), 0
     if group == 8 * width:
-        rows, warps = _tile(width, config.vector // itemsize, config.warps)
+        rows, warps = _tile(width, CONFIG.vector // itemsize, CONFIG.warps)
         if programs := numel // (rows * group):
             found.append(Piece(0, programs, rows, width, warps, True))
             first = programs * rows
     if groups > first:
-        rows, warps = _tile(width, 1, CONFIGS[0].warps)
+        rows, warps = _tile(width, 1, CONFIG.warps)
         found.append(Piece(first, -(-(groups - first) // rows), rows, width, warps, False))
     return found
 
@@ -77,20 +75,9 @@ def pieces(numel: int, group: int, itemsize: int, config: Config = CONFIGS[0]) -
 def launches(
     kernel: Any, x: Tensor, group: int, *arguments: Any, numel: int | None = None, **constants: Any
 ) -> list[Launch]:
-    """A kernel over all groups of x, or over as many groups as hold ``numel`` of its elements.
-
-    On a GPU its configuration is the fastest, found when a large tensor first comes by.
-    """
-    size = x.numel() if numel is None else numel
-
-    def made(config: Config) -> list[Launch]:
-        found = pieces(size, group, x.element_size(), config)
-        return [piece.launch(kernel, *arguments, **constants, GROUP=group) for piece in found]
-
-    kind = (kernel, x.dtype, x.device, group, *constants.items())
-    if kind not in _fastest and size >= _TIMED and can_time(x):
-        _fastest[kind] = min(CONFIGS, key=lambda config: seconds(made(config)))
-    return made(_fastest.get(kind, CONFIGS[0]))
+    """A kernel over all groups of x, or over as many groups as hold ``numel`` of its elements."""
+    found = pieces(x.numel() if numel is None else numel, group, x.element_size())
+    return [piece.launch(kernel, *arguments, **constants, GROUP=group) for piece in found]
 
 
 def _tile(width: int, vector: int, least: int) -> tuple[int, int]:
