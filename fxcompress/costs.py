@@ -232,7 +232,7 @@ def _measure(device: torch.device) -> Rates:
     large = torch.empty(_COPIED, device=device)
 
     def there_and_back() -> Tensor:
-        return ops.to_device(ops.to_host(large), device)
+        return ops.to_device(ops.to_host(large, [0]), device, [-1], [0])
 
     return Rates(
         coders,

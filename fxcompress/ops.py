@@ -61,11 +61,11 @@ _library.define(
     tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
 )
 _library.define(
-    "to_host(Tensor x) -> Tensor",
+    "to_host(Tensor x, int[] order) -> Tensor",
     tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
 )
 _library.define(
-    "to_device(Tensor x, Device device) -> Tensor",
+    "to_device(Tensor x, Device device, SymInt[] shape, int[] order) -> Tensor",
     tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
 )
 
@@ -160,20 +160,28 @@ def fence(xs: Sequence[Tensor]) -> None:
     """
 
 
-def to_host(x: Tensor) -> Tensor:
-    """A copy in host memory, laid out alike where x is dense; pinned, and made while the device
-    goes on, where there is one.
+def to_host(x: Tensor, order: Sequence[int]) -> Tensor:
+    """The elements of x, flat and in storage order, in host memory: pinned, and copied while the
+    device goes on, where there is one.
 
-    No stream is waited for: the copy is ordered on the current one, as are those that follow.
+    No stream is waited for: the copy is ordered on the current one, as are those that follow. But
+    nothing on the CPU may read it, and a compiler that finds a layout it does not like does: on an
+    H200, Inductor laid out channels-last feature maps anew with a loop of its own, which ran before
+    they had arrived. A flat tensor has one layout.
     """
     pinned = x.device.type == "cuda"
-    host = torch.empty_like(x, device="cpu", pin_memory=pinned)
-    return host.copy_(x, non_blocking=pinned)
+    flat = x.permute(list(order)).reshape(-1)
+    host = torch.empty_like(flat, device="cpu", pin_memory=pinned)
+    return host.copy_(flat, non_blocking=pinned)
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A copy on ``device`` of what :func:`to_host` gave."""
-    return x.to(device, non_blocking=True, copy=True)
+def to_device(
+    x: Tensor, device: torch.device, shape: Sequence[int], order: Sequence[int]
+) -> Tensor:
+    """A copy on ``device`` of what :func:`to_host` gave: `shape` as the tensor had it (a flat one,
+    [-1]), its memory dense in `order`."""
+    stored = [shape[dim] for dim in order]
+    return x.to(device, non_blocking=True, copy=True).view(stored).permute(_inverse(order))
 
 
 def _inverse(order: Sequence[int]) -> list[int]:
@@ -267,10 +275,13 @@ torch.library.register_fake("fxcompress::fence", fence, lib=_library)
 
 
 @torch.library.register_fake("fxcompress::to_host", lib=_library)
-def _to_host_fake(x: Tensor) -> Tensor:
-    return torch.empty_like(x, device="cpu")
+def _to_host_fake(x: Tensor, order: Sequence[int]) -> Tensor:
+    return torch.empty(x.numel(), dtype=x.dtype, device="cpu")
 
 
 @torch.library.register_fake("fxcompress::to_device", lib=_library)
-def _to_device_fake(x: Tensor, device: torch.device) -> Tensor:
-    return torch.empty_like(x, device=device)
+def _to_device_fake(
+    x: Tensor, device: torch.device, shape: Sequence[int], order: Sequence[int]
+) -> Tensor:
+    stored = [shape[dim] for dim in order]
+    return torch.empty_like(x, device=device).view(stored).permute(_inverse(order))

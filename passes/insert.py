@@ -95,23 +95,30 @@ def _encode(
     return payload
 
 
-def insert_to_host(forward: fx.GraphModule, node: fx.Node) -> fx.Node:
+def insert_to_host(
+    forward: fx.GraphModule, node: fx.Node, order: tuple[int, ...] = (0,)
+) -> fx.Node:
     """Copy a tensor or a payload to host memory after its last reader; the node to be saved."""
     readers = [u for u in node.users if u.op != "output"]
     with forward.graph.inserting_after(_last([node, *readers])):
-        moved = forward.graph.call_function(torch.ops.fxcompress.to_host.default, (node,))
+        target = torch.ops.fxcompress.to_host.default
+        moved = forward.graph.call_function(target, (node, list(order)))
     with torch_private.fake_mode_of(prop.value(node)):
-        value = torch.ops.fxcompress.to_host(prop.value(node))
+        value = target(prop.value(node), order)
     moved.meta = {**_provenance(node), "val": value}
     return moved
 
 
-def insert_fetches(backward: fx.GraphModule, node: fx.Node, moved: fx.Node) -> None:
+def insert_fetches(
+    backward: fx.GraphModule, node: fx.Node, moved: fx.Node, order: tuple[int, ...]
+) -> None:
     """Let every reader of ``node`` read a copy of ``moved`` on the device instead."""
-    graph, device = backward.graph, prop.value(node).device
+    graph, value = backward.graph, prop.value(node)
     for cluster in clusters([u for u in node.users if u.op != "output"]):
         with graph.inserting_before(cluster[0]):
-            fetched = _to_device(graph, moved, device)
+            shape = torch_private.size_arguments(graph, value)
+            fetched = _to_device(graph, moved, value.device, shape, order)
+        fetched.meta["val"] = _laid_out(value, order, value.dtype)
         for reader in cluster:
             reader.replace_input_with(node, fetched)
 
@@ -244,10 +251,18 @@ def _laid_out(value: torch.Tensor, order: tuple[int, ...], dtype: torch.dtype) -
         return dense.permute(inverse)
 
 
-def _to_device(graph: fx.Graph, payload: fx.Node, device: torch.device) -> fx.Node:
-    node = graph.call_function(torch.ops.fxcompress.to_device.default, (payload, device))
-    with torch_private.fake_mode_of(prop.value(payload)):
-        node.meta["val"] = torch.ops.fxcompress.to_device(prop.value(payload), device)
+def _to_device(
+    graph: fx.Graph,
+    moved: fx.Node,
+    device: torch.device,
+    shape: Sequence[Any] = (-1,),
+    order: Sequence[int] = (0,),
+) -> fx.Node:
+    """A copy on the device of a payload or, given its shape and order, of a tensor."""
+    arguments = (moved, device, list(shape), list(order))
+    node = graph.call_function(torch.ops.fxcompress.to_device.default, arguments)
+    with torch_private.fake_mode_of(prop.value(moved)):
+        node.meta["val"] = torch.empty_like(prop.value(moved), device=device)
     return node
 
 

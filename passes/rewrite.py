@@ -286,9 +286,9 @@ class _Exchange:
     def offload(self, candidate: Candidate) -> None:
         """Save a copy in host memory in place of the tensor."""
         source, node = candidate.saved.forward, candidate.saved.backward
-        moved = insert_to_host(self.cut.forward, source)
+        moved = insert_to_host(self.cut.forward, source, candidate.order)
         received = self._replace(source, node, moved)
-        insert_fetches(self.cut.backward, node, received)
+        insert_fetches(self.cut.backward, node, received, candidate.order)
 
     def _replace(self, source: fx.Node, node: fx.Node, now: fx.Node) -> fx.Node:
         """Save ``now`` in place of ``source``; its placeholder, before that of ``source``."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from fake_cuda import Generated, generate
-from torch import nn
+from torch import Tensor, nn
 
+from fxcompress import choose
+from fxcompress.policies import offload
 from fxcompress.tools import models
 from fxcompress.tools.models import Task
 
@@ -50,6 +52,30 @@ def test_small_network() -> None:
     )
     task = Task("small", model, (torch.randn(4, 3, 20, 20),), lambda out: out.square().mean())
     check(generate(task, "uniform4"))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Conv2d(128, 128, 3, padding=1, bias=False) for _ in "ab")
+        self.norm, self.last = nn.BatchNorm2d(128), nn.BatchNorm2d(128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.last(self.two(torch.relu(self.norm(self.one(x))))) + x)
+
+
+def test_no_cpu_code_reads_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels-last tensors in host memory were laid out anew by a loop that did not wait."""
+    monkeypatch.setattr(choose, "why_not_offload", lambda candidate: candidate.keep)
+    monkeypatch.setattr(offload, "_is_on_host", lambda candidate: False)
+    stem = (nn.Conv2d(3, 128, 7, 2, padding=3, bias=False), nn.BatchNorm2d(128), nn.ReLU())
+    model = nn.Sequential(*stem, nn.MaxPool2d(3, 2, 1), Residual(), Residual())
+    task = Task("small", model, (torch.randn(4, 3, 32, 32),), lambda out: out.square().mean())
+    forward, backward = generate(task, "offload")
+    assert _calls(forward, "torch.ops.fxcompress.to_host.default(") > 5
+    assert _calls(backward, "torch.ops.fxcompress.to_device.default(") > 5
+    for part in (forward, backward):
+        assert "async_compile.cpp" not in part.code
 
 
 @pytest.mark.slow

@@ -175,6 +175,8 @@ def test_a_graph_that_is_captured_stays_on_its_device() -> None:
 
 def test_layout_survives() -> None:
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    back = OPS.to_device(OPS.to_host(x), torch.device("cpu"))
+    host = OPS.to_host(x, [0, 2, 3, 1])
+    back = OPS.to_device(host, torch.device("cpu"), x.shape, [0, 2, 3, 1])
+    assert host.shape == (x.numel(),)
     assert torch.equal(back, x)
     assert back.stride() == x.stride()

@@ -58,8 +58,10 @@ def test_opcheck() -> None:
         torch.library.opcheck(ops.encode.default, (sample, key, spec, 1, order))
         arguments = (payload, key, spec, 1, list(x.shape), order, sample.dtype)
         torch.library.opcheck(ops.decode.default, arguments)
-        torch.library.opcheck(ops.to_host.default, (payload,))
-        torch.library.opcheck(ops.to_device.default, (payload, CPU))
+        torch.library.opcheck(ops.to_host.default, (sample, order))
+        torch.library.opcheck(ops.to_device.default, (payload, CPU, [-1], [0]))
+    host = ops.to_host(x, order)
+    torch.library.opcheck(ops.to_device.default, (host, CPU, list(x.shape), order))
     scale = torch.rand(1, 3, 1, 1)
     for spec in ("affine(bits=4)", "dither(bits=2)", "rotate(bits=2)", "cast(format=bf16)"):
         filling = (x, x.mean(), key, spec, 1, order)
@@ -89,8 +91,8 @@ def test_every_operator_is_checked() -> None:
 
 def test_host_round_trip_is_exact() -> None:
     ops, payload = torch.ops.fxcompress, torch.randint(0, 256, (1001,), dtype=torch.uint8)
-    host = ops.to_host(payload)
-    back = ops.to_device(host, CPU)
+    host = ops.to_host(payload, [0])
+    back = ops.to_device(host, CPU, [-1], [0])
     assert torch.equal(back, payload)
     assert len({t.data_ptr() for t in (payload, host, back)}) == 3  # copies, never aliases
 

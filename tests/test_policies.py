@@ -457,9 +457,9 @@ def test_host_memory_is_where_the_graph_says() -> None:
     ops = torch.ops.fxcompress
     with FakeTensorMode():
         payload = torch.empty(1000, dtype=torch.uint8, device="cuda:0")
-        host = ops.to_host(payload)
+        host = ops.to_host(payload, [0])
         assert host.device.type == "cpu"
-        assert ops.to_device(host, payload.device).device == payload.device
+        assert ops.to_device(host, payload.device, [-1], [0]).device == payload.device
 
 
 # ---- the allocator ----

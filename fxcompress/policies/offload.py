@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from fxcompress.choose import exact_choice, offload_choice
 from fxcompress.errors import SettingsError
+from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.rewrite import KEEP, Choice
 from fxcompress.policies.base import Policy, Situation
 
@@ -19,7 +20,7 @@ def choose(situation: Situation) -> list[Choice]:
     Raises:
         SettingsError: the graph's tensors are in host memory already.
     """
-    if all(c.fake.device.type == "cpu" for c in situation.candidates):
+    if all(map(_is_on_host, situation.candidates)):
         raise SettingsError(
             "policy='offload' moves saved tensors from the device to host memory, and the model is "
             "on the CPU: use lossless"
@@ -30,6 +31,10 @@ def choose(situation: Situation) -> list[Choice]:
         there if there is not None and here.representation == KEEP else here
         for here, there in zip(exact, moved, strict=True)
     ]
+
+
+def _is_on_host(candidate: Candidate) -> bool:
+    return candidate.fake.device.type == "cpu"
 
 
 POLICIES = (Policy("offload", "saved tensors as they are, in host memory", choose),)
