@@ -70,10 +70,11 @@ import torch  # noqa: E402
 from fxcompress.tools import gpu_kernels  # noqa: E402
 from fxcompress.tools.gpu_steps import Model, exactness, is_sound, measure  # noqa: E402
 
-POLICIES = ("inductor", "auto@12", "uniform4", "uniform2", "lossless", "offload", "torch-budget")
+POLICIES = ("inductor", "auto@1100MB", "auto@12", "uniform4", "torch-budget", "offload")
 COLD = ("inductor", "uniform4", "auto@12")  # whose compilation is timed
 LIMITED = ("inductor", "auto@12")  # whose largest batch is sought
 SMALL = (("torchvision:resnet18", "16", "64"), ("gpt:small", "8", "128"))  # compared in fp32
+FILLED = 0.5  # of the time, at most, until all is compiled once
 LEAST = 40  # seconds that must be left to begin with another row
 
 
@@ -117,8 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gpt = Model("gpt:small", 2, 32, (*tried, "lossless"))
         run = Run("cpu", deadline, 1 << 20, cnn, gpt, 45)
     else:
-        cnn = Model("torchvision:resnet50", 64, 224, (*POLICIES, "auto@1100MB"))
-        gpt = Model("gpt:base", 16, 512, (*POLICIES, "auto@1100MB"))
+        cnn = Model("torchvision:resnet50", 64, 224, POLICIES)
+        gpt = Model("gpt:base", 16, 512, POLICIES)
         run = Run("cuda", deadline, 1 << 26, cnn, gpt, 8000)
     parts = _parts(run)
     asked = args.parts.split(",") if args.parts else list(parts)
@@ -179,15 +180,17 @@ def _alone(row: Sequence[str], exact: Sequence[str], device: str) -> int:
     return not is_sound(found)
 
 
-def _elsewhere(run: Run, arguments: Sequence[str], **environment: str) -> dict[str, Any]:
-    """What a process of its own found."""
-    options = ["--rehearse"] if run.device == "cpu" else []
+def _elsewhere(
+    deadline: float, arguments: Sequence[str], device: str, **environment: str
+) -> dict[str, Any]:
+    """What a process of its own found by the deadline."""
+    options = ["--rehearse"] if device == "cpu" else []
     try:
         done = subprocess.run(
             [sys.executable, __file__, *options, *arguments],
             capture_output=True,
             text=True,
-            timeout=max(run.left, 1),
+            timeout=max(deadline - time.perf_counter(), 1),
             env={**os.environ, **environment},
         )
     except subprocess.TimeoutExpired:
@@ -210,18 +213,19 @@ def fill(run: Run) -> dict[str, Any]:
     cores = os.cpu_count() or 1
     jobs = {f"{m.spec} {p}": _asked(m, p) for m in (run.cnn, run.gpt) for p in m.policies}
     jobs |= {f"{spec} in fp32": ["--exact", spec, *sizes] for spec, *sizes in SMALL}
-    threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(min(cores, 4)), "OMP_NUM_THREADS": "2"}
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
+    end = start + FILLED * run.left
 
     def job(name: str) -> dict[str, Any]:
-        row = _elsewhere(run, jobs[name], **threads)
+        row = _elsewhere(end, jobs[name], run.device, **threads)
         took = time.perf_counter() - start
         print(f"{took:.0f} s: {name} {row}", flush=True)
         return {"seconds": took, **row}
 
     with ThreadPoolExecutor(cores) as pool:
         under_way = {name: pool.submit(job, name) for name in jobs}
-        kernels = gpu_kernels.equality(run.device)
+        kernels = gpu_kernels.equality(run.device, end)
         rows = {name: row.result() for name, row in under_way.items()}
     ok = kernels["ok"] and all(map(is_sound, rows.values()))
     return {"ok": ok, "kernels": kernels, "rows": rows}
@@ -262,7 +266,7 @@ def cold(run: Run) -> dict[str, Any]:
             found[policy] = None
             continue
         with _empty_caches() as environment:
-            row = _elsewhere(run, _asked(run.cnn, policy), **environment)
+            row = _elsewhere(run.deadline, _asked(run.cnn, policy), run.device, **environment)
         found[policy] = row.get("first_step_s")
         print(policy, found[policy], flush=True)
     return {"ok": True, "model": run.cnn.spec, "first_step_s": found}
