@@ -37,13 +37,14 @@ def build_for(graphs: Iterable[fx.GraphModule]) -> None:
 
 def build(calls: Iterable[Callable[[], object]]) -> None:
     """Start building what these calls, of codecs on meta tensors, would launch on a GPU."""
-    with triton.recorded(triton.warp_size()) as launches:
-        for call in calls:
-            try:
-                call()
-            except Exception as error:  # it is built when it is called
-                log.debug("a kernel is not built ahead: %s", error)
-    triton.build_ahead(launches)
+    with torch_private.outside_compile():  # where tensors would be fake, without an address
+        with triton.recorded(triton.warp_size()) as launches:
+            for call in calls:
+                try:
+                    call()
+                except Exception as error:  # it is built when it is called
+                    log.info("a kernel is not built ahead: %s", error)
+        triton.build_ahead(launches)
 
 
 def _is_on_gpu(node: fx.Node) -> bool:

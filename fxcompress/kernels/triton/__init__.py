@@ -105,7 +105,7 @@ def build_ahead(launches: Sequence[Launch]) -> None:
             _under_way.extend(mode.future_kernels.values())
             mode.raw_futures.clear()  # or it waits for them, now
     except Exception as error:
-        log.debug("kernels are not built ahead: %s", error)
+        log.info("kernels are not built ahead: %s", error)
     pool.shutdown(wait=False)
 
 
