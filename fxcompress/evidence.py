@@ -110,9 +110,11 @@ class Calibration:
         names = {n: states.current_name(n) for n in self._states()}
         held = {now: base64.b64encode(states.dump(n)).decode() for n, now in names.items()}
         text = json.dumps({"format": FORMAT, **asdict(self), "states": held})
-        for name, now in names.items():
-            text = text.replace(name, now)
-        return text
+        # In one pass: there are thousands of names, and the text is long.
+        renewed = {n: now for n, now in names.items() if n != now}
+        if not renewed:
+            return text
+        return re.sub("|".join(renewed), lambda found: renewed[found[0]], text)
 
     def _states(self) -> list[str]:
         specs = {s for g in self.graphs for t in g.tensors.values() for s in t.transforms.values()}
