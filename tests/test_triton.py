@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxcompress import rng
-from fxcompress.codecs import Affine, Bits, Codec, states
+from fxcompress.codecs import Affine, Bits, Codec, fused, states
 from fxcompress.codecs.adaptive import Adaptive
 from fxcompress.codecs.average import Average
 from fxcompress.codecs.cast import Cast
@@ -481,6 +481,22 @@ def test_kernels_of_a_graph_are_built_ahead(monkeypatch: pytest.MonkeyPatch) -> 
     kernels._await_builds()
     assert built.kernel.asm["cubin"]
     assert not kernels._under_way
+
+
+@compiled
+@pytest.mark.parametrize("c", [Affine(4), Dither(4)], ids=str)
+def test_masks_of_short_groups_are_read_packed(c: Affine | Dither) -> None:
+    """Bit by bit, with a division for each element, LLVM mixed lanes up: wrong codes on an H200."""
+    from fxcompress.kernels.triton import aot
+
+    shape, key = (240,), torch.empty(2, dtype=torch.int64, device="meta")
+    sizes = c.payload_bytes(shape, torch.float32), Bits(1).payload_bytes(shape, torch.bool)
+    parts = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
+    with kernels.recorded(32) as launches:
+        fused.decode_filled(c, *parts, shape, torch.float32, key, STREAM)
+    (tail,) = launches
+    assert tail.constants["MASKED"]
+    assert not aot.compile_for("sm_90", tail).instructions["MUFU"]  # of a division
 
 
 VIEWS = {"detach", "new_empty", "empty", "slice", "view"}

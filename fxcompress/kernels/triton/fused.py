@@ -87,10 +87,22 @@ def store_mask(mask, x, start, size, zeros, GROUP: tl.constexpr, FAST: tl.conste
 
 
 @triton.jit
-def load_mask(mask, start, size, offsets, inside, GROUP: tl.constexpr, FAST: tl.constexpr):
-    """Which elements of a tile a mask has set, as eight lanes."""
+def load_mask(
+    mask,
+    start,
+    size,
+    offsets,
+    inside,
+    GROUP: tl.constexpr,
+    FAST: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Which elements of a tile a mask has set, as eight lanes.
+
+    PADDED: the lanes of a short group are not its eighths, as those of its mask are.
+    """
     eighth = (size + 7) // 8
-    if FAST:
+    if FAST or not PADDED:
         coded = coded_mask(size, eighth, inside[0].shape[1], FAST)
         flags = load_codes(mask + start // 8, eighth, coded, GROUP, 1)
         return [flag != 0 for flag in flags]
@@ -105,17 +117,26 @@ def load_mask(mask, start, size, offsets, inside, GROUP: tl.constexpr, FAST: tl.
 def mask_bits(mask, offset, inside, eighth, GROUP: tl.constexpr):
     """Bit by bit, for elements in any lanes. mask: where the bytes of the first group are."""
     row, length = tl.arange(0, offset.shape[0])[:, None], tl.maximum(eighth, 1)
-    at = offset - row * GROUP
+    # Not offset - row * GROUP: Triton 3.6's LLVM then reads the codes of two lanes elsewhere.
+    at = offset % GROUP
     byte = tl.load(mask + row * (GROUP // 8) + at % length, inside, other=0).to(tl.int32)
     return ((byte >> (at // length)) & 1) != 0
 
 
 @triton.jit
 def clear_masked(
-    lanes, mask, start, size, offsets, inside, GROUP: tl.constexpr, FAST: tl.constexpr
+    lanes,
+    mask,
+    start,
+    size,
+    offsets,
+    inside,
+    GROUP: tl.constexpr,
+    FAST: tl.constexpr,
+    PADDED: tl.constexpr = False,
 ):
     """Lanes, 0 where the mask is set."""
-    zeros = load_mask(mask, start, size, offsets, inside, GROUP, FAST)
+    zeros = load_mask(mask, start, size, offsets, inside, GROUP, FAST, PADDED)
     return [tl.where(zeros[lane], 0.0, lanes[lane]) for lane in (0, 1, 2, 3, 4, 5, 6, 7)]
 
 

@@ -116,7 +116,7 @@ def decode_kernel(
         mean = tl.load(means + groups, size > 0, other=0).to(tl.float32)
         lanes = [lane + mean for lane in lanes]
     if MASKED:
-        lanes = clear_masked(lanes, mask, start, size, offsets, inside, GROUP, FAST)
+        lanes = clear_masked(lanes, mask, start, size, offsets, inside, GROUP, FAST, True)
     for lane in tl.static_range(8):
         store_float(x + start + offsets[lane], lanes[lane], inside[lane], LIMIT)
 
