@@ -47,6 +47,7 @@ from fxcompress.passes.rewrite import (
     hoisted_nodes,
 )
 from fxcompress.passes.standardise import units_of
+from fxcompress.scratch import convolution_bytes
 
 Bytes = npt.NDArray[np.float64]
 
@@ -195,8 +196,12 @@ def timeline(
             node
         ) * bool(saved_as)
     plain_extra = _held_for_sums(step, cut)
+    copies = _layout_copies(step) if channels_last else np.zeros(step.end + 1)
+    for node, position in step.at.items():
+        measured = convolution_bytes(node, channels_last=channels_last)
+        copies[position] = max(copies[position], measured)
+    base += copies
     if channels_last:
-        base += _layout_copies(step)
         for node in copied_inputs(cut):
             received_copy = next(s.backward for s in cut.saved if s.forward is node)
             copy = step.span(

@@ -248,6 +248,30 @@ def sizes_forgotten() -> Iterator[None]:
         state.update(before)
 
 
+def is_profiling() -> bool:
+    """`torch.autograd._profiler_enabled` (1.8 to 2.15)."""
+    return bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
+
+
+def allocations(call: Callable[[], Any]) -> tuple[list[int], Any]:
+    """(bytes of what a call allocates on the CPU, negative where freed, in order; its result).
+
+    The profiler before Kineto (`torch.autograd.profiler_legacy`, its records from
+    `torch.autograd._disable_profiler_legacy`, 1.8 to 2.15): it writes nothing to the terminal, and
+    has what operators allocate inside. Should it go: 0 is a safe answer to whoever asks.
+    """
+    from torch.autograd import profiler_legacy
+
+    profile = profiler_legacy.profile(profile_memory=True)
+    profile.__enter__()
+    try:
+        result = call()
+    finally:
+        records = torch.autograd._disable_profiler_legacy()  # type: ignore[attr-defined]
+    found = [r for thread in records for r in thread if str(r.kind()) == "memory_alloc"]
+    return [r.cpu_memory_usage() for r in found], result
+
+
 def size_hint(size: Any) -> int:
     """A number for a possibly symbolic size: its value on the inputs traced.
 

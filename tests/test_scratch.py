@@ -1,0 +1,87 @@
+"""What convolutions allocate while they run: measured once a machine, and part of the plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fxcompress import scratch, torch_private
+from fxcompress.passes.analyse import analyse
+from fxcompress.peak import timeline
+from fxcompress.record import Recorder, Recording
+from fxcompress.tools.memory import measure_step
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_private, "cache_dir", lambda: tmp_path)
+    scratch._known.cache_clear()
+
+
+def recorded(model: nn.Module, x: Tensor) -> Recording:
+    recorder = Recorder(0)
+    torch._dynamo.reset()
+    torch.compile(model, backend=recorder)(x).square().mean().backward()
+    return recorder.recordings()[0]
+
+
+def convolutions(recording: Recording) -> list[fx.Node]:
+    graphs = (recording.cut.forward.graph, recording.cut.backward.graph)
+    aten = torch.ops.aten
+    targets = (aten.convolution.default, aten.convolution_backward.default)
+    return [n for g in graphs for t in targets for n in g.find_nodes(op="call_function", target=t)]
+
+
+def test_it_is_what_the_allocator_saw() -> None:
+    x = torch.randn(4, 256, 2, 2).to(memory_format=torch.channels_last)
+    recording = recorded(nn.Conv2d(256, 256, 3, padding=1, groups=256), x)
+    forward, backward = convolutions(recording)
+    for node in (forward, backward):
+        arguments = [
+            torch.zeros(a.meta["val"].shape).to(memory_format=torch.channels_last)
+            if isinstance(a, fx.Node) and a.meta["val"].dim() == 4
+            else torch.zeros(a.meta["val"].shape)
+            if isinstance(a, fx.Node)
+            else a
+            for a in node.args
+        ]
+        kept: list[object] = []
+        measured = measure_step(lambda n=node, a=arguments, k=kept: k.append(n.target(*a)), [])
+        returned = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+        own = returned.nbytes if isinstance(returned, Tensor) else 0
+        found = scratch.convolution_bytes(node, channels_last=True)
+        assert found == measured.peak_bytes - own
+    assert found > 0
+
+
+def test_the_plan_knows_it() -> None:
+    recording = recorded(
+        nn.Conv2d(256, 256, 3, padding=1, groups=256), torch.randn(4, 256, 2, 2, requires_grad=True)
+    )
+    _, backward = convolutions(recording)
+    took = scratch.convolution_bytes(backward, channels_last=True)
+    candidates = analyse(recording.cut, 0, channels_last=True)
+    found = timeline(recording.cut, candidates, channels_last=True)
+    assert found.base.max() >= took > 0
+
+
+def test_it_is_measured_once_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = recorded(nn.Conv2d(3, 64, 16, 16), torch.randn(2, 3, 32, 32))
+    first = [scratch.convolution_bytes(n, channels_last=False) for n in convolutions(recording)]
+    scratch._known.cache_clear()  # another process
+    monkeypatch.delattr(torch_private, "allocations")
+    again = [scratch.convolution_bytes(n, channels_last=False) for n in convolutions(recording)]
+    assert again == first
+    assert max(first) > 0
+
+
+def test_others_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[fx.Node] = []
+    monkeypatch.setattr(scratch, "_measured", lambda node, _: measured.append(node) or 1)
+    recording = recorded(nn.Conv2d(32, 32, 3), torch.randn(2, 32, 8, 8))
+    for node in convolutions(recording):
+        assert scratch.convolution_bytes(node, channels_last=False) == 0
+    assert not measured
