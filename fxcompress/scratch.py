@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -26,6 +27,7 @@ log = logging.getLogger("fxcompress")
 
 LARGEST_FILE = 1 << 20
 FEW = 16  # channels: lanes of a vector
+MOST = 64_000_000  # bytes of feature maps that a convolution is tried on
 _WEIGHTS = {"convolution": 1, "convolution_backward": 2}  # the place of the weight
 
 
@@ -40,20 +42,26 @@ def convolution_bytes(node: fx.Node, *, channels_last: bool) -> int:
     place = _WEIGHTS.get(prop.op_name(node))
     if place is None:
         return 0
-    weight = prop.value(node.args[place])  # type: ignore[arg-type]
+    argument = node.args[place]
+    assert isinstance(argument, fx.Node)
+    weight = prop.value(argument)
     few = weight.dim() > 2 and min(weight.shape[:2]) < FEW
     if not few or weight.device.type != "cpu" or torch_private.is_profiling():
         return 0
     if torch_private.job_store() is not None:  # ranks plan alike, whatever machines they are on
         return 0
-    key = _key(node, channels_last)
-    if key is None:
+    arguments = _arguments(node, place)
+    try:
+        key = json.dumps(
+            [prop.op_name(node), arguments, channels_last, torch.get_num_threads()], default=asdict
+        )
+    except TypeError:  # a size is symbolic
         return 0
     known = _known()
     if key not in known:
         try:
             with torch_private.outside_compile(), torch.no_grad():
-                known[key] = _measured(node, channels_last)
+                known[key] = _measured(node.target, arguments, channels_last)
         except Exception as error:  # an estimate goes without
             log.info("the scratch memory of %s is not known: %s", node.name, error)
             return 0
@@ -61,14 +69,27 @@ def convolution_bytes(node: fx.Node, *, channels_last: bool) -> int:
     return known[key]
 
 
-def _key(node: fx.Node, channels_last: bool) -> str | None:
-    """All that decides; None where a size is symbolic."""
-    values = [prop.value(a) if isinstance(a, fx.Node) else a for a in node.args]
-    shown = [[list(v.shape), str(v.dtype)] if isinstance(v, Tensor) else v for v in values]
-    try:
-        return json.dumps([prop.op_name(node), shown, channels_last, torch.get_num_threads()])
-    except TypeError:
-        return None
+@dataclass(frozen=True)
+class _Like:
+    """A tensor of this shape and dtype."""
+
+    shape: list[int]
+    dtype: str
+
+
+def _arguments(node: fx.Node, weight: int) -> list[Any]:
+    """What to call the operator with: of a large batch, a part, for weights decide what it takes.
+
+    weight: the place of the weight, after the feature maps.
+    """
+    values: list[Any] = [prop.value(a) if isinstance(a, fx.Node) else a for a in node.args]
+    found: list[Any] = [
+        _Like(list(v.shape), str(v.dtype)) if isinstance(v, Tensor) else v for v in values
+    ]
+    size = sum(torch_private.size_hint(v.numel()) * v.element_size() for v in values[:weight])
+    for each in found[:weight] if size > MOST else ():
+        each.shape[0] = max(torch_private.size_hint(each.shape[0]) * MOST // size, 1)
+    return found
 
 
 @cache
@@ -85,11 +106,11 @@ def _path() -> Path:
     return torch_private.cache_dir() / "fxcompress" / name
 
 
-def _measured(node: fx.Node, channels_last: bool) -> int:
-    arguments = [_zeros(a, channels_last) if isinstance(a, fx.Node) else a for a in node.args]
+def _measured(target: Any, arguments: list[Any], channels_last: bool) -> int:
+    given = [_zeros(a, channels_last) if isinstance(a, _Like) else a for a in arguments]
 
     def call() -> Any:
-        return node.target(*arguments)  # type: ignore[operator]
+        return target(*given)
 
     call()  # what is allocated once, on first use
     events, result = torch_private.allocations(call)
@@ -98,8 +119,7 @@ def _measured(node: fx.Node, channels_last: bool) -> int:
     return max(max(accumulate(events), default=0) - own, 0)
 
 
-def _zeros(node: fx.Node, channels_last: bool) -> Tensor:
-    value = prop.value(node)
-    made = torch.zeros(tuple(value.shape), dtype=value.dtype)
-    is_map = channels_last and value.dim() == 4
+def _zeros(like: _Like, channels_last: bool) -> Tensor:
+    made = torch.zeros(like.shape, dtype=getattr(torch, like.dtype.removeprefix("torch.")))
+    is_map = channels_last and made.dim() == 4
     return made.contiguous(memory_format=torch.channels_last) if is_map else made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from fxcompress.tools.memory import measure_step
 
 
 @pytest.fixture(autouse=True)
-def nothing_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch_private, "cache_dir", lambda: tmp_path)
+    scratch._known.cache_clear()
+    yield
     scratch._known.cache_clear()
 
 
@@ -79,9 +82,20 @@ def test_it_is_measured_once_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_others_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[fx.Node] = []
-    monkeypatch.setattr(scratch, "_measured", lambda node, _: measured.append(node) or 1)
+    measured: list[object] = []
+    monkeypatch.setattr(scratch, "_measured", lambda *given: measured.append(given) or 1)
     recording = recorded(nn.Conv2d(32, 32, 3), torch.randn(2, 32, 8, 8))
     for node in convolutions(recording):
         assert scratch.convolution_bytes(node, channels_last=False) == 0
     assert not measured
+
+
+def test_of_a_large_batch_a_part_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = recorded(nn.Conv2d(3, 64, 16, 16), torch.randn(8, 3, 32, 32))
+    nodes = convolutions(recording)
+    whole = [scratch.convolution_bytes(n, channels_last=False) for n in nodes]
+    monkeypatch.setattr(scratch, "MOST", 50_000)
+    for maps, node in enumerate(nodes, start=1):
+        assert all(0 < like.shape[0] < 8 for like in scratch._arguments(node, maps)[:maps])
+    part = [scratch.convolution_bytes(n, channels_last=False) for n in nodes]
+    assert max(part) > max(whole) / 2  # it is the weight's, not the batch's
