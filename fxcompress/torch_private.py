@@ -306,17 +306,21 @@ def attention_forward(node: torch.fx.Node) -> tuple[Any, tuple[Any, ...], dict[s
             return None
         op = aten._scaled_dot_product_flash_attention.default
         return op, (dropout, causal), scale
-    if node.target is aten._scaled_dot_product_efficient_attention_backward.default:
-        bias, dropout, causal = args[4], args[9], args[11]
+    with_bias = {  # where the backward has bias, dropout and causal
+        aten._scaled_dot_product_efficient_attention_backward.default: (
+            aten._scaled_dot_product_efficient_attention.default,
+            (4, 9, 11),
+        ),
+        aten._scaled_dot_product_cudnn_attention_backward.default: (
+            aten._scaled_dot_product_cudnn_attention.default,
+            (8, 13, 14),
+        ),
+    }
+    if node.target in with_bias:
+        op, places = with_bias[node.target]
+        bias, dropout, causal = (args[place] for place in places)
         if dropout != 0.0:
             return None
-        op = aten._scaled_dot_product_efficient_attention.default
-        return op, (bias, True, dropout, causal), scale
-    if node.target is aten._scaled_dot_product_cudnn_attention_backward.default:
-        bias, dropout, causal = args[8], args[13], args[14]
-        if dropout != 0.0:
-            return None
-        op = aten._scaled_dot_product_cudnn_attention.default
         return op, (bias, True, dropout, causal), scale
     return None
 
@@ -330,9 +334,8 @@ def is_attention_without_dropout(node: torch.fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return False
     name = target._schema.name.removeprefix("aten::_scaled_dot_product_")
-    if name not in {
-        *("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"),
-    }:
+    kinds = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    if name not in kinds:
         return False
     arguments = target._schema.arguments
     place = next(i for i, a in enumerate(arguments) if a.name == "dropout_p")

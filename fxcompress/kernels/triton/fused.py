@@ -87,33 +87,6 @@ def store_mask(mask, x, start, size, zeros, GROUP: tl.constexpr, FAST: tl.conste
 
 
 @triton.jit
-def load_mask(
-    mask,
-    start,
-    size,
-    offsets,
-    inside,
-    GROUP: tl.constexpr,
-    FAST: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """Which elements of a tile a mask has set, as eight lanes.
-
-    PADDED: the lanes of a short group are not its eighths, as those of its mask are.
-    """
-    eighth = (size + 7) // 8
-    if FAST or not PADDED:
-        coded = coded_mask(size, eighth, inside[0].shape[1], FAST)
-        flags = load_codes(mask + start // 8, eighth, coded, GROUP, 1)
-        return [flag != 0 for flag in flags]
-    else:
-        return [
-            mask_bits(mask + start // 8, offsets[lane], inside[lane], eighth, GROUP)
-            for lane in (0, 1, 2, 3, 4, 5, 6, 7)
-        ]
-
-
-@triton.jit
 def mask_bits(mask, offset, inside, eighth, GROUP: tl.constexpr):
     """Bit by bit, for elements in any lanes. mask: where the bytes of the first group are."""
     row, length = tl.arange(0, offset.shape[0])[:, None], tl.maximum(eighth, 1)
@@ -135,8 +108,20 @@ def clear_masked(
     FAST: tl.constexpr,
     PADDED: tl.constexpr = False,
 ):
-    """Lanes, 0 where the mask is set."""
-    zeros = load_mask(mask, start, size, offsets, inside, GROUP, FAST, PADDED)
+    """Lanes, 0 where the mask is set.
+
+    PADDED: those of a short group are not its eighths, as the lanes of its mask are.
+    """
+    eighth = (size + 7) // 8
+    if FAST or not PADDED:
+        coded = coded_mask(size, eighth, inside[0].shape[1], FAST)
+        flags = load_codes(mask + start // 8, eighth, coded, GROUP, 1)
+        zeros = [flag != 0 for flag in flags]
+    else:
+        zeros = [
+            mask_bits(mask + start // 8, offsets[lane], inside[lane], eighth, GROUP)
+            for lane in (0, 1, 2, 3, 4, 5, 6, 7)
+        ]
     return [tl.where(zeros[lane], 0.0, lanes[lane]) for lane in (0, 1, 2, 3, 4, 5, 6, 7)]
 
 
