@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.codecs.base import channel_axis
-from fxcompress.codecs.transform import analyse
+from fxcompress.codecs.basis import analyse
 
 WIDTH = 64  # channels a block: 2*64 multiply-adds an element and way, a fraction of the layer's own
 SIDES = (4, 2, 1)  # of spatial blocks

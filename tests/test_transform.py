@@ -171,6 +171,74 @@ def test_tokens_and_matrices() -> None:
         check_noise(at_rate(fit(x, [torch.randn(shape)], -1), 1.0), x, 300)
 
 
+# ---- kernels ----
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("shape", "channels", "width"),
+    [
+        (SHAPE, -1, 64),  # blocks of 4 x 4
+        ((3, 48, 8, 8), 1, 16),
+        ((5, 6, 10, 33), -1, 64),  # 2 x 2, and a width that no vector divides
+        ((3, 33, 7, 12), 1, 64),  # 1 x 4
+        ((70, 9, 130), -1, 64),  # no neighbours; two blocks of channels
+        ((131, 64), -1, 64),
+        ((2, 128), -1, 64),
+    ],
+)
+def test_kernels_do_what_is_defined(
+    shape: tuple[int, ...],
+    channels: int,
+    width: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(shape) + torch.randn(shape[-1])).to(dtype)
+    fitted = fit(x, [torch.randn(shape)], channels, width=width)
+    c = at_rate(fitted, 1.0, unbiased=False)
+    payload = c.encode(x, step_key(), 3)
+    state, numbers = states.get(c.basis, x.device), c._numbers_in(payload).clone()
+    mean = c._mean(x, state)
+    z, order = _parts(c, x, state, mean, numbers)
+    assert c._place(x) is not None
+    decoded = c.decode(payload, x.shape, dtype, step_key(), 3)
+    monkeypatch.setattr("fxcompress.codecs.transform._on_cpu", lambda _: False)
+    other = torch.zeros_like(numbers)
+    z_defined, order_defined = _parts(c, x, state, mean, other)
+    assert torch.allclose(z, z_defined, atol=1e-4)
+    assert torch.equal(numbers, other)
+    assert torch.equal(order, order_defined)
+    defined = c.decode(payload, x.shape, dtype, step_key(), 3)
+    assert torch.allclose(decoded, defined, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+def _parts(
+    c: Transform, x: Tensor, state: dict[str, Tensor], mean: Tensor, numbers: Tensor
+) -> tuple[Tensor, Tensor]:
+    found = c._ranked(x, state, mean, numbers)
+    assert found.order is not None
+    return found.z, found.order
+
+
+def test_kernels_do_not_depend_on_threads(fitted: Fitted) -> None:
+    c, x, before = at_rate(fitted, 1.5), correlated(0), torch.get_num_threads()
+    payloads = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        payloads.append(c.encode(x, step_key(), 3))
+    torch.set_num_threads(before)
+    assert torch.equal(*payloads)
+
+
+def test_what_is_not_finite_is_seen(fitted: Fitted) -> None:
+    c, x = at_rate(fitted, 1.0), correlated(0)
+    for bad in (math.nan, math.inf, -math.inf):
+        x[1, 3, 5, 7] = bad
+        assert not bool(round_trip(c, x).isfinite().all())
+
+
 # ---- rates ----
 
 

@@ -202,6 +202,7 @@ def _fused_rows(c: Fusing, name: str, target: str) -> list[GpuRow]:
 
 def _basis_rows(sides: tuple[int, int], name: str, target: str) -> list[GpuRow]:
     """Of 256 channels, in blocks of 64, and so many positions that runs of tiles are long."""
+    from fxcompress.kernels.place import placed
     from fxcompress.kernels.triton import transform as gpu
     from fxcompress.kernels.triton.aot import warp_of
 
@@ -209,9 +210,9 @@ def _basis_rows(sides: tuple[int, int], name: str, target: str) -> list[GpuRow]:
         return torch.empty(shape, dtype=of, device="meta")
 
     x, mean, matrices = empty(*_LARGE, of=DTYPES[name]), empty(256), empty(4, 64, 64)
-    place = gpu.placed(x.shape, 3, sides, 64)
+    place = placed(x.shape, 3, sides, 64)
     assert place is not None
-    rows, energies = empty(place.bands, of=torch.int64), empty(place.lines, place.bands)
+    rows, energies = empty(place.bands, of=torch.int64), empty(gpu.lines(place), place.bands)
     z = empty(place.bands, place.positions)
     with kernels.recorded(warp_of(target)):
         (first,) = gpu.energies(x, mean, matrices, place, energies)

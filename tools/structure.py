@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.codecs.base import channel_axis
-from fxcompress.codecs.transform import folded
+from fxcompress.codecs.basis import folded
 from fxcompress.fit import at_rate, fit
 
 RATE = 2.0

@@ -36,6 +36,7 @@ from fxcompress.codecs.payload import carve, section_bytes
 from fxcompress.codecs.planar import group_chunks, pack, unpack
 from fxcompress.errors import CodecError
 from fxcompress.kernels import cpu, triton
+from fxcompress.kernels.prologue import Prologue
 
 _GROUP = 256  # drawn elements
 _RATES = (0.5, 0.25, 0.125, 0.0625)
@@ -60,7 +61,14 @@ class Subsample(Codec):
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         return section_bytes(*self._sections(math.prod(shape)))
 
-    def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
+    def encode_kernel(
+        self,
+        x: Tensor,
+        payload: Tensor,
+        key: Tensor | None,
+        stream: int,
+        before: Prologue | None = None,
+    ) -> bool:
         if key is not None and triton.takes(x, _GROUP * self._block):
             from fxcompress.kernels.triton import subsample as gpu
 
@@ -71,7 +79,7 @@ class Subsample(Codec):
             return False
         assert key is not None
         keys = rng.stream_key_ints(key, stream)
-        cpu.subsample_encode(x, payload, levels(1).table, self._block, *keys)
+        cpu.subsample_encode(x, payload, levels(1).table, self._block, *keys, before)
         return True
 
     def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:

@@ -27,8 +27,9 @@ bytes   = sum of these; a rate's: bands(rate) * positions elements
 error   = variance synthesis^2 of the bands' variances; bias of dropped bands
 
 The matrix products are rounded as each device rounds them: payloads of different devices may differ
-where a coefficient lies on a threshold. The coders within are bit-exact. On GPUs the changes of
-basis are kernels of their own (kernels/triton/transform.py), elsewhere ATen operations.
+where a coefficient lies on a threshold. The coders within are bit-exact. The changes of basis are
+kernels of their own (kernels/transform.cpp, kernels/triton/transform.py) where there are such for
+the shape, else ATen operations (basis.py).
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, ClassVar
+from functools import cache, lru_cache
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -45,21 +46,17 @@ from torch import Tensor
 
 from fxcompress.codecs import states
 from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys, channel_axis
+from fxcompress.codecs.basis import analyse, synthesised
 from fxcompress.codecs.dither import Dither
 from fxcompress.codecs.rotate import Rotate
 from fxcompress.codecs.subsample import Subsample
 from fxcompress.kernels import cpu, triton
-from fxcompress.persistent import persistent
-
-if TYPE_CHECKING:
-    from fxcompress.kernels.triton.transform import Place
+from fxcompress.kernels.place import Place, fits, placed
+from fxcompress.kernels.prologue import Gathered
 
 VERSION = 4  # bytes that tell by which version of its basis a payload was made (states.py)
 # Bits a coefficient, in the order of their numbers in a state's `rates`.
 RATES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
-# Elements that are transformed at once, in memory that is in use then and in the cache. Of 64 MB of
-# fp32 encoding took 173 ms and decoding 157, as one 214 and 200 (one core, a clone 34).
-_PART = 1 << 19
 
 
 @cache
@@ -97,93 +94,102 @@ class Transform(Codec):
         return total
 
     def workspace_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """Of `encode` and of `decode`: coefficients, and rows on their way to or from them."""
-        return 8 * math.prod(shape)
+        """Of `encode` and of `decode`: coefficients; where ATen does the work, also rows on their
+        way to or from them."""
+        numel = math.prod(shape)
+        if not self._has_kernels():
+            return 8 * numel
+        return 4 * numel + numel // 8 + 32 * self._bands()
 
     def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
         payload.zero_()
         version = states.version(self.basis, x.device)
         payload[:1] = version
         state = states.of_version(self.basis, version)
-        mean, at = self._mean(x, state), VERSION + _aligned((self._bands() + 1) // 2)
+        mean, numbers, at = self._mean(x, state), self._numbers_in(payload), self._after_numbers()
         if self._running_means():
             payload[at : at + 2 * len(mean)].view(torch.bfloat16).copy_(mean)
             at += _aligned(2 * len(mean))
-        z, numbers, order = self._ordered(x, state, mean)
-        payload[VERSION : VERSION + (len(z) + 1) // 2] = _nibbles(numbers)
-        start = 0
+        bands, start = self._ranked(x, state, mean, numbers), 0
         for number, codec, count in self._classes():
-            span = slice(start, start + count)
-            bands = z[span]
-            if order is not None:
-                bands = cpu.empty(bands.shape, z.device)
-                torch.index_select(z, 0, order[span], out=bands)
-            part = codec.encode(bands, key, _stream(stream, number))
-            payload[at : at + part.numel()] = part
-            start, at = start + count, at + _aligned(part.numel())
+            size = codec.payload_bytes([count * bands.positions], torch.float32)
+            part, own = payload[at : at + size], _stream(stream, number)
+            bands.encode(codec, slice(start, start + count), part, key, own)
+            start, at = start + count, at + _aligned(size)
         return True
 
-    def _ordered(
-        self, x: Tensor, state: Mapping[str, Tensor], mean: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(coefficients, rate of each band, the order of the bands by their rates).
-
-        The order is None where the coefficients are in it already.
-        """
-        place = self._place(x)
+    def _ranked(
+        self, x: Tensor, state: Mapping[str, Tensor], mean: Tensor, numbers: Tensor
+    ) -> _Bands:
+        """Coefficients in the order of their rates, which are written to `numbers`."""
+        place, basis = self._place(x), state["analysis"]
         if place is None:
-            z = self.forward(x, state, mean)
-            numbers = self._numbers(_energies(z), state)
-            return z, numbers, numbers.argsort(descending=True, stable=True)
+            z = analyse(self._channels_last(x), self._sides(), basis, mean)
+            rates = self._numbers(_energies(z), state)
+            numbers.copy_(_nibbles(rates))
+            return _Bands(z, rates.argsort(descending=True, stable=True))
+        if _on_cpu(x):
+            z = cpu.empty((place.bands, place.positions), x.device)
+            energies = cpu.transform_analyse(x, mean, basis, place, z)
+            ranked = states.get(self.rates, x.device)["rates"]
+            return _Bands(z, cpu.transform_rank(energies, state["weight"], ranked, numbers))
         from fxcompress.kernels.triton import transform as gpu
 
-        energies = x.new_empty((place.lines, place.bands), dtype=torch.float32)
-        triton.run(gpu.energies(x, mean, state["analysis"], place, energies))
-        numbers = self._numbers(energies.sum(0), state)
+        energies = x.new_empty((gpu.lines(place), place.bands), dtype=torch.float32)
+        triton.run(gpu.energies(x, mean, basis, place, energies))
+        rates = self._numbers(energies.sum(0), state)
+        numbers.copy_(_nibbles(rates))
         z = x.new_empty((place.bands, place.positions), dtype=torch.float32)
-        triton.run(gpu.analyse(x, mean, state["analysis"], place, _rows(numbers), z))
-        return z, numbers, None
+        triton.run(gpu.analyse(x, mean, basis, place, _rows(rates), z))
+        return _Bands(z, None)
 
     def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
-        bands, state = self._bands(), states.of_version(self.basis, payload[:1])
-        positions, at = x.numel() // bands, VERSION + _aligned((bands + 1) // 2)
-        mean = state["mean"]
+        state, at = states.of_version(self.basis, payload[:1]), self._after_numbers()
+        mean, count = state["mean"], self._bands()
         if self._running_means():
             mean = payload[at : at + 2 * len(mean)].view(torch.bfloat16).float()
             at += _aligned(2 * len(mean))
-        numbers, place = _numbers_of(payload[VERSION:], bands), self._place(x)
-        order = numbers.argsort(descending=True, stable=True)
-        z = cpu.empty((bands, positions), payload.device)
-        start = 0
-        for number, codec, count in self._classes():
-            shape, span = [count, positions], slice(start, start + count)
-            size = codec.payload_bytes(shape, torch.float32)
-            part, own = payload[at : at + size], _stream(stream, number)
-            if place is None:
-                z.index_copy_(0, order[span], codec.decode(part, shape, torch.float32, key, own))
-            elif not codec.decode_kernel(part, z[span], key, own):
-                z[span] = codec.decode(part, shape, torch.float32, key, own)
-            start, at = start + count, at + _aligned(size)
+        z, start = cpu.empty((count, x.numel() // count), payload.device), 0
+        for number, codec, some in self._classes():
+            part, own = payload[at:], _stream(stream, number)
+            bands = z[start : start + some]
+            part = part[: codec.payload_bytes(bands.shape, torch.float32)]
+            if not codec.decode_kernel(part, bands, key, own):
+                bands.copy_(codec.decode(part, bands.shape, torch.float32, key, own))
+            start, at = start + some, at + _aligned(len(part))
+        self._give(z, start, self._numbers_in(payload), state["synthesis"], mean, x)
+        return True
+
+    def _give(
+        self, z: Tensor, coded: int, numbers: Tensor, basis: Tensor, mean: Tensor, x: Tensor
+    ) -> None:
+        """Fill x from coefficients in the order of their rates; only `coded` are not dropped."""
+        place = self._place(x)
+        if place is not None and _on_cpu(x):
+            rows = cpu.transform_rows(numbers, len(z))
+            cpu.transform_synthesise(z[:coded], rows, mean, basis, place, x)
+            return
+        rows = _rows(_numbers_of(numbers, len(z)))
         if place is not None:
             from fxcompress.kernels.triton import transform as gpu
 
-            given = (mean, state["synthesis"], place, _rows(numbers), x)
-            triton.run(gpu.synthesise(z[:start], *given))
-            return True
-        z.index_fill_(0, order[start:], 0.0)  # what is dropped
-        axis, limit = channel_axis(self.channels, x.dim()), torch.finfo(x.dtype).max
-        for part, y in self._synthesised(z, state["synthesis"], x.movedim(axis, -1)):
+            triton.run(gpu.synthesise(z[:coded], mean, basis, place, rows, x))
+            return
+        z[coded:] = 0.0
+        z, limit = z.index_select(0, rows), torch.finfo(x.dtype).max
+        for part, y in synthesised(z, basis, self._channels_last(x), self._sides()):
             part.copy_(y.add_(mean).clamp_(-limit, limit))
-        return True
+
+    def _has_kernels(self) -> bool:
+        """There may be: which shapes they take, `placed` says."""
+        return fits(self._sides(), self._width()) and (cpu.available() or triton.installed())
 
     def _place(self, x: Tensor) -> Place | None:
         """Where the kernels for x's device find its elements; None where ATen does the work."""
-        if not triton.takes(x, 1):
+        if not (triton.takes(x, 1) or _on_cpu(x)):
             return None
-        from fxcompress.kernels.triton.transform import placed
-
-        width = states.arrays(self.basis)["analysis"].shape[-1]
-        return placed(x.shape, channel_axis(self.channels, x.dim()), self._sides(), width)
+        axis, sides = channel_axis(self.channels, x.dim()), tuple(self._sides())
+        return placed(x.shape, axis, sides, self._width())
 
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
         raise AssertionError("made of other codecs, which have references of their own")
@@ -242,121 +248,88 @@ class Transform(Codec):
         state = states.arrays(self.basis)
         return len(state["mean"]) * int(state["running"][0])
 
-    def forward(
-        self, x: Tensor, state: Mapping[str, Tensor] | None = None, mean: Tensor | None = None
-    ) -> Tensor:
-        """Coefficients fp32[bands, positions] of x, in the newest basis if not another is given."""
-        y = x.movedim(channel_axis(self.channels, x.dim()), -1)
-        state = states.get(self.basis, x.device) if state is None else state
-        mean = self._mean(x, state) if mean is None else mean
-        return analyse(y, self._sides(), state["analysis"], mean)
+    def forward(self, x: Tensor) -> Tensor:
+        """Coefficients fp32[bands, positions] of x, in the newest basis."""
+        state = states.get(self.basis, x.device)
+        mean = self._mean(x, state)
+        return analyse(self._channels_last(x), self._sides(), state["analysis"], mean)
 
     def adjoint(self, weights: Tensor) -> Tensor:
         """What a covector of x is to the coefficients: (weights * x).sum() = (result * z).sum()."""
         state = states.get(self.basis, weights.device)
-        y = weights.movedim(channel_axis(self.channels, weights.dim()), -1)
-        return analyse(y, self._sides(), state["synthesis"].mT)
+        return analyse(self._channels_last(weights), self._sides(), state["synthesis"].mT)
 
     def _backward(self, z: Tensor, shape: Sequence[int], squared: bool = False) -> Tensor:
         """The linear part of the inverse; ``squared``: of the squares of its entries."""
         matrices = states.get(self.basis, z.device)["synthesis"]
         out = z.new_empty(list(shape))
-        y = out.movedim(channel_axis(self.channels, len(shape)), -1)
         if squared:
             matrices = matrices.square()
-        for part, values in self._synthesised(z, matrices, y, squared):
+        y, sides = self._channels_last(out), self._sides()
+        for part, values in synthesised(z, matrices, y, sides, squared):
             part.copy_(values)
         return out
 
-    def _synthesised(
-        self, z: Tensor, matrices: Tensor, y: Tensor, squared: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(a part of y [positions..., channels] as `folded` sees it, its values without means)."""
-        blocks, _, width = matrices.shape
-        sides, start = self._sides(), 0
-        count = math.prod(sides)
-        for part in _parts(y, len(sides)):
-            view = folded(part, sides)
-            rows = z.new_empty(count, view[..., 0].numel() // count, blocks * width)
-            stop = start + rows.shape[1]
-            bands = z[:, start:stop].view(count, blocks, width, -1)
-            for block, out in enumerate(rows.split(width, 2)):
-                torch.bmm(bands[:, block].mT, matrices[block].mT.expand(count, -1, -1), out=out)
-            if squared:
-                rows = rows.mean(0, keepdim=True).expand_as(rows)
-            elif count > 1:
-                # Into the coefficients' memory, if this is all of it: they are read.
-                spare = bands.view(count, -1) if bands.is_contiguous() else None
-                rows = torch.mm(_hadamard(count, z.device), rows.view(count, -1), out=spare)
-            yield view, rows.reshape(view.shape)
-            start = stop
+    def _channels_last(self, x: Tensor) -> Tensor:
+        """A view [positions..., channels]."""
+        return x.movedim(channel_axis(self.channels, x.dim()), -1)
+
+    def _numbers_in(self, payload: Tensor) -> Tensor:
+        return payload[VERSION : VERSION + (self._bands() + 1) // 2]
+
+    def _after_numbers(self) -> int:
+        return VERSION + _aligned((self._bands() + 1) // 2)
+
+    def _width(self) -> int:
+        width: int = states.arrays(self.basis)["analysis"].shape[-1]
+        return width
 
     def _sides(self) -> list[int]:
-        sides: list[int] = states.arrays(self.basis)["sides"].tolist()
-        return sides
+        return states.arrays(self.basis)["sides"].tolist()  # type: ignore[no-any-return]
 
     def _bands(self) -> int:
         return len(states.arrays(self.rates)["rates"])
 
-    def _classes(self) -> Iterator[tuple[int, Codec, int]]:
+    def _classes(self) -> Sequence[tuple[int, Codec, int]]:
         """(number, codec, how many bands) of each rate in use, from the highest."""
-        counts = np.bincount(states.arrays(self.rates)["rates"], minlength=len(RATES))
-        for number in range(len(RATES) - 1, -1, -1):
-            codec = coder(RATES[number])
-            if codec is not None and counts[number]:
-                yield number, codec, int(counts[number])
+        return _classes(self.rates)
 
 
-def analyse(
-    y: Tensor, sides: Sequence[int], matrices: Tensor, mean: Tensor | None = None
-) -> Tensor:
-    """Coefficients [bands, positions] of y - mean; y is [positions..., channels].
-
-    sides: of the blocks over its last position axes; matrices: [blocks, width, width] of channels.
-    """
-    count, (blocks, width, _) = math.prod(sides), matrices.shape
-    positions, start = y[..., 0].numel() // count, 0
-    z: Tensor | None = None
-    for part in _parts(y.detach(), len(sides)):
-        view = folded(part, sides)
-        rows = y.new_empty(view.shape, dtype=torch.float32)
-        if mean is None:
-            rows.copy_(view)
-        else:
-            torch.sub(view, mean, out=rows)
-        rows = rows.view(count, -1)
-        if count > 1:
-            rows = _hadamard(count, y.device) @ rows
-        rows = rows.view(count, -1, y.shape[-1])  # [frequencies, positions, channels]
-        stop = start + rows.shape[1]
-        if z is None:  # not earlier: three buffers, of a part that is the whole, are one too many
-            z = cpu.empty((count, blocks, width, positions), y.device)
-        for block, lanes in enumerate(rows.split(width, 2)):
-            out = z[:, block, :, start:stop]
-            torch.bmm(matrices[block].expand(count, -1, -1), lanes.mT, out=out)
-        start = stop
-    assert z is not None
-    return z.view(-1, positions)
+@lru_cache(maxsize=4096)
+def _classes(rates: str) -> Sequence[tuple[int, Codec, int]]:
+    counts = np.bincount(states.arrays(rates)["rates"], minlength=len(RATES))
+    coded = [(n, coder(RATES[n]), int(counts[n])) for n in range(len(RATES) - 1, -1, -1)]
+    return [(n, codec, count) for n, codec, count in coded if codec is not None and count]
 
 
-def _parts(y: Tensor, sides: int) -> Sequence[Tensor]:
-    """y [positions..., channels] along its first axis, if blocks do not span it: see `_PART`."""
-    if y.dim() - 1 <= sides or not y.numel():
-        return [y]
-    return y.split(max(_PART * len(y) // y.numel(), 1))
+@dataclass(frozen=True)
+class _Bands:
+    """Coefficients fp32[bands, positions], and the bands in the order of their rates; None: they
+    are in it already."""
+
+    z: Tensor
+    order: Tensor | None
+
+    @property
+    def positions(self) -> int:
+        return self.z.shape[1]
+
+    def encode(
+        self, codec: Codec, span: slice, payload: Tensor, key: Tensor | None, stream: int
+    ) -> None:
+        """Some bands, one after the other."""
+        if self.order is not None and _on_cpu(self.z):
+            which = Gathered(self.order[span], self.positions)
+            first = self.z.view(-1)[: len(which.rows) * self.positions]
+            codec.encode_kernel(first, payload, key, stream, which)  # type: ignore[call-arg]
+            return
+        bands = self.z[span] if self.order is None else self.z.index_select(0, self.order[span])
+        payload.copy_(codec.encode(bands, key, stream))
 
 
-def folded(y: Tensor, sides: Sequence[int]) -> Tensor:
-    """A view of [..., channels] as [positions in a block..., blocks..., channels].
-
-    sides: of the blocks over the last position axes. With memory in this order, a transform over a
-    block is one matrix product, and frequencies are what a batch of products runs over.
-    """
-    lead = y.dim() - 1 - len(sides)
-    for i, side in enumerate(sides):
-        y = y.unflatten(lead + 2 * i, (-1, side))
-    inner = [lead + 2 * i + 1 for i in range(len(sides))]
-    return y.permute(*inner, *(i for i in range(y.dim()) if i not in inner))
+def _on_cpu(x: Tensor) -> bool:
+    """Our kernels for the CPU do the work."""
+    return x.device.type == "cpu" and cpu.available()
 
 
 def _energies(z: Tensor) -> Tensor:
@@ -367,16 +340,6 @@ def _energies(z: Tensor) -> Tensor:
 def _rows(numbers: Tensor) -> Tensor:
     """Where each band stands if bands are ordered by their rates."""
     return numbers.argsort(descending=True, stable=True).argsort()
-
-
-@cache
-def _hadamard(count: int, device: torch.device) -> Tensor:
-    """Orthonormal Walsh-Hadamard matrix."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < count:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
-    with persistent(device):
-        return (matrix / math.sqrt(count)).to(device)
 
 
 def _nibbles(numbers: Tensor) -> Tensor:

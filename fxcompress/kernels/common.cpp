@@ -2,8 +2,11 @@
 // source, through torch_private.load_cpp, which keeps floating point exact. Kernels are single
 // pass, have a C ABI (ctypes) and give the bits that the reference in fxcompress/codecs/ defines.
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 

@@ -10,7 +10,8 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
-from fxcompress.kernels.prologue import Filled, Prologue, Standardised
+from fxcompress.kernels.place import Place
+from fxcompress.kernels.prologue import Filled, Gathered, Prologue, Standardised
 from fxcompress.torch_private import load_cpp
 
 _FORMATS = ("bf16", "fp16", "e4m3", "e5m2")
@@ -22,6 +23,7 @@ _PARALLEL = 1 << 16
 # One translation unit, in this order.
 _SOURCES = (
     *("common", "prologue", "affine", "bits", "cast", "dither", "magnitude", "rotate", "subsample"),
+    "transform",
 )
 
 _pointer, _i64, _int, _u32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32
@@ -31,10 +33,19 @@ class _Prologue(ctypes.Structure):  # prologue.cpp
     _fields_ = [
         *((name, _pointer) for name in ("fill", "mask", "mean", "rstd")),
         *((name, _i64) for name in ("channels", "inner")),
+        ("rows", _pointer),
+        ("length", _i64),
     ]
 
 
-_before = ctypes.POINTER(_Prologue)
+class _Place(ctypes.Structure):  # transform.cpp
+    _fields_ = [
+        *(("blocks", _i64 * 2), ("sides", _i64 * 2), ("strides", _i64 * 4)),
+        *((name, _i64) for name in ("positions", "channels", "width")),
+    ]
+
+
+_before, _where = ctypes.POINTER(_Prologue), ctypes.POINTER(_Place)
 _ARGUMENTS = {
     "fxc_affine_encode": (_pointer, _pointer, _i64, _i64, _int, _int, _before, _u32, _u32, _int),
     "fxc_affine_decode": (_pointer, _pointer, _i64, _i64, _int, _int, _pointer, _int),
@@ -53,8 +64,19 @@ _ARGUMENTS = {
         *(_pointer, _pointer, _i64, _pointer, _int, _i64, _int, _int),
         *(_pointer, _u32, _u32, _int),
     ),
-    "fxc_subsample_encode": (_pointer, _pointer, _i64, _pointer, _int, _int, _u32, _u32, _int),
+    "fxc_subsample_encode": (
+        *(_pointer, _pointer, _i64, _pointer, _int, _int),
+        *(_before, _u32, _u32, _int),
+    ),
     "fxc_subsample_decode": (_pointer, _pointer, _i64, _pointer, _int, _int, _u32, _u32, _int),
+    "fxc_transform_analyse": (*(_pointer,) * 4, _where, _pointer, _int, _int),
+    "fxc_transform_synthesise": (*(_pointer,) * 3, _i64, _pointer, _pointer, _where, _int, _int),
+}
+_OTHERS = {
+    "fxc_want_huge_pages": ((_pointer, _i64), None),
+    "fxc_transform_tile": ((), _i64),
+    "fxc_transform_rank": ((_pointer, _i64, _i64, *(_pointer,) * 4), None),
+    "fxc_transform_rows": ((_pointer, _i64, _pointer), None),
 }
 
 
@@ -64,11 +86,10 @@ def _library() -> ctypes.CDLL | None:
     sources = [folder.joinpath(f"{name}.cpp").read_text(encoding="utf-8") for name in _SOURCES]
     library = load_cpp("\n".join(sources))
     if library is not None:
-        for name, arguments in _ARGUMENTS.items():
+        kernels = {name: (arguments, ctypes.c_bool) for name, arguments in _ARGUMENTS.items()}
+        for name, (arguments, result) in {**kernels, **_OTHERS}.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = arguments, ctypes.c_bool
-        pages = library.fxc_want_huge_pages
-        pages.argtypes, pages.restype = (_pointer, _i64), None
+            function.argtypes, function.restype = arguments, result
     return library
 
 
@@ -197,12 +218,18 @@ def rotate_decode(
 
 
 def subsample_encode(
-    x: Tensor, payload: Tensor, table: Sequence[int], block: int, k_a: int, k_b: int
+    x: Tensor,
+    payload: Tensor,
+    table: Sequence[int],
+    block: int,
+    k_a: int,
+    k_b: int,
+    before: Prologue | None = None,
 ) -> None:
     """Write the payload of `x` (float32, bfloat16 or float16). See `codecs.subsample`."""
     levels, kind = _int32s(table), _FLOATS[x.dtype]
     at = ctypes.addressof(levels)
-    _call("fxc_subsample_encode", x, x, payload, at, block, kind, k_a, k_b)
+    _call("fxc_subsample_encode", x, x, payload, at, block, kind, _prologue(before), k_a, k_b)
 
 
 def subsample_decode(
@@ -212,6 +239,60 @@ def subsample_decode(
     levels, kind = _int32s(table), _FLOATS[x.dtype]
     at = ctypes.addressof(levels)
     _call("fxc_subsample_decode", x, payload, x, at, block, kind, k_a, k_b)
+
+
+def transform_analyse(x: Tensor, mean: Tensor, analysis: Tensor, place: Place, z: Tensor) -> Tensor:
+    """Write the coefficients of `x` (float32, bfloat16 or float16), fp32[bands, positions].
+
+    Returns the sums of their squares by tiles of positions, fp32[tiles, bands].
+    """
+    tiles = -(-place.positions // _library().fxc_transform_tile())  # type: ignore[union-attr]
+    energies = torch.empty(tiles, place.bands)
+    given = (mean.data_ptr(), analysis.data_ptr(), _place(place), energies.data_ptr())
+    _run("fxc_transform_analyse", x, x.data_ptr(), z.data_ptr(), *given, _FLOATS[x.dtype])
+    return energies
+
+
+def transform_rank(energies: Tensor, weight: Tensor, ranked: Tensor, numbers: Tensor) -> Tensor:
+    """Write the rate of each band, two a byte, to `numbers`: by its need, energy times weight.
+
+    Args:
+        energies: of `transform_analyse`. weight: float64[bands].
+        ranked: uint8[bands], the rates in use, from the highest.
+
+    Returns:
+        int64[bands]: the bands, from the highest rate.
+    """
+    order = torch.empty(len(ranked), dtype=torch.int64)
+    given = (energies, weight, ranked, numbers, order)
+    energies_at, *others = (tensor.data_ptr() for tensor in given)
+    library = _library()
+    assert library is not None
+    library.fxc_transform_rank(energies_at, *energies.shape, *others)
+    return order
+
+
+def transform_rows(numbers: Tensor, bands: int) -> Tensor:
+    """int64[bands]: where each band stands in the order that `transform_rank` gave."""
+    rows = torch.empty(bands, dtype=torch.int64)
+    library = _library()
+    assert library is not None
+    library.fxc_transform_rows(numbers.data_ptr(), bands, rows.data_ptr())
+    return rows
+
+
+def transform_synthesise(
+    z: Tensor, rows: Tensor, mean: Tensor, synthesis: Tensor, place: Place, x: Tensor
+) -> None:
+    """Fill `x` from coefficients fp32[coded, positions]: of band b in row ``rows[b]``, others 0."""
+    given = (rows.data_ptr(), len(z), mean.data_ptr(), synthesis.data_ptr(), _place(place))
+    _run("fxc_transform_synthesise", x, z.data_ptr(), x.data_ptr(), *given, _FLOATS[x.dtype])
+
+
+@lru_cache(maxsize=4096)
+def _place(place: Place) -> _Place:
+    pairs = (_i64 * 2)(*place.blocks), (_i64 * 2)(*place.sides), (_i64 * 4)(*place.strides)
+    return _Place(*pairs, place.positions, place.channels, place.width)
 
 
 def _int32s(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
@@ -225,6 +306,8 @@ def _prologue(before: Prologue | None) -> _Prologue | None:
     if isinstance(before, Standardised):
         mean, rstd = before.mean, before.rstd
         return _Prologue(None, None, mean.data_ptr(), rstd.data_ptr(), mean.numel(), before.inner)
+    if isinstance(before, Gathered):
+        return _Prologue(rows=before.rows.data_ptr(), length=before.length)
     return None
 
 
@@ -237,8 +320,10 @@ def _log2(size: int) -> int:
 
 
 def _call(name: str, x: Tensor, source: Tensor, target: Tensor, *arguments: object) -> None:
-    numel = x.numel()
-    threads = torch.get_num_threads() if numel >= _PARALLEL else 1
-    function = getattr(_library(), name)
-    if not function(source.data_ptr(), target.data_ptr(), numel, *arguments, threads):
+    _run(name, x, source.data_ptr(), target.data_ptr(), x.numel(), *arguments)
+
+
+def _run(name: str, x: Tensor, *arguments: object) -> None:
+    threads = torch.get_num_threads() if x.numel() >= _PARALLEL else 1
+    if not getattr(_library(), name)(*arguments, threads):
         raise AssertionError(f"{name} has no kernel for {arguments}")  # codecs check before

@@ -9,6 +9,8 @@ struct Prologue {
     u8* mask;
     const float *mean, *rstd;  // of `channels`, each of which runs for `inner` elements
     i64 channels, inner;
+    const i64* rows;  // of a matrix of rows of `length`, which are coded one after the other
+    i64 length;
 };
 
 constexpr i64 prepared = 256;  // elements of a group that has a prologue: those of a mask's groups
@@ -56,11 +58,27 @@ inline void standardise_group(const typename Type::Stored* __restrict x, i64 sta
     }
 }
 
+// c = elements from `start` on of some rows of x, one row after the other.
+template <class Type>
+inline void gather_group(const typename Type::Stored* __restrict x, i64 start, i64 size,
+                         const Prologue& p, float* __restrict c) {
+    i64 number = start / p.length, column = start % p.length;
+    for (i64 at = 0; at < size; number++, column = 0) {
+        const i64 run = std::min(size - at, p.length - column);
+        const auto* __restrict in = x + p.rows[number] * p.length + column;
+#pragma omp simd
+        for (i64 i = 0; i < run; i++) c[at + i] = Type::load(in[i]);
+        at += run;
+    }
+}
+
 // A group of x as fp32, after its prologue. Not inlined: as clear_masked.
 template <class Type>
 __attribute__((noinline)) void prepare(const typename Type::Stored* x, i64 start, i64 size,
                                        const Prologue& p, float* c, u8* flags) {
-    if (p.fill) {
+    if (p.rows) {
+        gather_group<Type>(x, start, size, p, c);
+    } else if (p.fill) {
         const float fill = Type::load(*static_cast<const typename Type::Stored*>(p.fill));
         fill_group<Type>(x + start, size, fill, c, flags, p.mask + start / 8);
     } else {

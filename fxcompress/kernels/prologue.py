@@ -31,4 +31,15 @@ class Standardised:
     inner: int
 
 
-Prologue = Filled | Standardised
+@dataclass(frozen=True)
+class Gathered:
+    """Rows of a matrix are coded one after the other; x, their memory, begins with its first row.
+
+    rows: int64, contiguous, their numbers. length: of a row.
+    """
+
+    rows: Tensor
+    length: int
+
+
+Prologue = Filled | Standardised | Gathered

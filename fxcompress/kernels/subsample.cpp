@@ -14,14 +14,18 @@ inline void draw(u32* __restrict offsets, i64 blocks, i64 block, u32 first, Keys
 
 template <class Type>
 void encode_subsample(const typename Type::Stored* x, u8* payload, const int32_t* levels,
-                      i64 numel, i64 block, Keys keys, int threads) {
+                      i64 numel, i64 block, const Prologue* before, Keys keys, int threads) {
     const Levels<1> table(levels);
     const Sections<1> sections(payload, (numel + block - 1) / block, drawn_group);
     for_groups(numel, drawn_group * block, threads, [=](i64 start, i64 size, u8* codes) {
         alignas(32) float c[drawn_group * longest_block], drawn[drawn_group];
         u32 offsets[drawn_group];
+        if (before) {
+            prepare<Type>(x, start, size, *before, c, codes);
+        } else {
 #pragma omp simd
-        for (i64 i = 0; i < size; i++) c[i] = Type::load(x[start + i]);
+            for (i64 i = 0; i < size; i++) c[i] = Type::load(x[start + i]);
+        }
         const Centre found = centre(c, size, true);
         const i64 blocks = (size + block - 1) / block, first = start / block;
         for (i64 i = size; i < blocks * block; i++) c[i] = 0.0f;
@@ -69,10 +73,12 @@ void decode_subsample(const u8* payload, typename Type::Stored* x, const int32_t
 }  // namespace
 
 EXPORT bool fxc_subsample_encode(const void* x, u8* payload, i64 numel, const int32_t* levels,
-                                 int block, int type, u32 k_a, u32 k_b, int threads) {
+                                 int block, int type, const Prologue* before, u32 k_a, u32 k_b,
+                                 int threads) {
     return choose<F32, BF16, F16>(type, [=](auto t) {
         auto* in = static_cast<const typename decltype(t)::Stored*>(x);
-        encode_subsample<decltype(t)>(in, payload, levels, numel, block, Keys{k_a, k_b}, threads);
+        encode_subsample<decltype(t)>(in, payload, levels, numel, block, before, Keys{k_a, k_b},
+                                      threads);
         return true;
     });
 }

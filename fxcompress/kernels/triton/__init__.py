@@ -54,7 +54,7 @@ _under_way: list[Any] = []  # kernels that threads are compiling
 
 def takes(x: Tensor, group: int) -> bool:
     """True where the kernels run: on CUDA and ROCm devices with Triton, for groups that fit."""
-    return (x.is_cuda or _recorder is not None) and group <= LARGEST and _installed()
+    return (x.is_cuda or _recorder is not None) and group <= LARGEST and installed()
 
 
 class BuildError(Exception):
@@ -133,5 +133,5 @@ def recorded(warp: int) -> Iterator[list[Launch]]:
 
 
 @cache
-def _installed() -> bool:
+def installed() -> bool:
     return find_spec("triton") is not None

@@ -18,20 +18,17 @@ there are such: coefficients equal those of the reference within rounding, not b
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxcompress.kernels.place import Place
 from fxcompress.kernels.triton import Launch, warp_size
 from fxcompress.kernels.triton.common import store_float
 
-LARGEST = 16  # places in a block of neighbours
 _ROWS = 128  # of a program's tile, places times blocks: 32 elements of 64 channels a thread
 _THREADS = 256
 # A program keeps its matrix for a run of tiles, as long as enough programs are left for all units
@@ -51,99 +48,38 @@ class Run:
     fast: bool
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where elements are.
-
-    Attributes:
-        blocks: blocks of neighbours along the last two position axes (1 where there is one axis).
-        sides: of a block along them.
-        strides: of the axes before them taken as one, of the two, and of the channels; elements.
-        positions: blocks of neighbours in all.
-        channels: in all.
-        width: of a block of channels.
-    """
-
-    blocks: tuple[int, int]
-    sides: tuple[int, int]
-    strides: tuple[int, int, int, int]
-    positions: int
-    channels: int
-    width: int
-
-    @property
-    def count(self) -> int:
-        return self.sides[0] * self.sides[1]
-
-    @property
-    def tile(self) -> int:
-        """Blocks of neighbours a program."""
-        return _ROWS // self.count
-
-    @property
-    def lanes(self) -> int:
-        """Channels of a tile."""
-        return max(triton.next_power_of_2(self.width), 16)
-
-    @property
-    def runs(self) -> list[Run]:
-        """All tiles: long runs of whole ones, whole ones alone, and the masked rest."""
-        regular = self.lanes == self.width and self.positions % 4 == 0
-        whole = self.positions // self.tile if regular else 0
-        long = min(whole * self.channels // self.width // _PROGRAMS, _LONGEST)
-        length = 1 << (long.bit_length() - 1) if long else 1
-        found, first, line = [], 0, 0
-        for until, step in ((whole // length * length, length), (whole, 1), (self.tiles, 1)):
-            count = (until - first) // step
-            if count:
-                found.append(Run(first, line, count, step, until <= whole))
-            first, line = until, line + count
-        return found
-
-    @property
-    def lines(self) -> int:
-        """Programs of a block of channels."""
-        return sum(run.programs for run in self.runs)
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.positions // self.tile)
-
-    @property
-    def bands(self) -> int:
-        return self.count * self.channels
+def _tile(place: Place) -> int:
+    """Blocks of neighbours a program."""
+    return _ROWS // place.count
 
 
-def placed(shape: Sequence[int], axis: int, sides: Sequence[int], width: int) -> Place | None:
-    """Where the elements of a contiguous tensor are; None where the kernels cannot say.
+def _tiles(place: Place) -> int:
+    return -(-place.positions // _tile(place))
 
-    Args:
-        shape: of the tensor, storage order; axis: of its channels.
-        sides: of blocks over its last position axes.
-        width: of a block of channels.
-    """
-    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    axes = [(s, t) for i, (s, t) in enumerate(zip(shape, strides, strict=True)) if i != axis]
-    last = axes[len(axes) - len(sides) :]
-    lead = axes[: len(axes) - len(sides)]
-    # The axes before them must be steps of one stride.
-    if any(outer[1] != inner[0] * inner[1] for outer, inner in pairwise(lead)):
-        return None
-    if len(sides) > 2 or math.prod(sides) > LARGEST or width > 64 or not math.prod(shape):
-        return None
-    while len(last) < 2:
-        last, sides = [(1, 0), *last], [1, *sides]
-    (height, down), (wide, along) = last
-    blocks = (height // sides[0], wide // sides[1])
-    before = math.prod(size for size, _ in lead)
-    return Place(
-        blocks=blocks,
-        sides=(sides[0], sides[1]),
-        strides=(lead[-1][1] if lead else 0, down, along, strides[axis]),
-        positions=before * blocks[0] * blocks[1],
-        channels=shape[axis],
-        width=width,
-    )
+
+def _lanes(place: Place) -> int:
+    """Channels of a tile."""
+    return max(triton.next_power_of_2(place.width), 16)
+
+
+def _runs(place: Place) -> list[Run]:
+    """All tiles: long runs of whole ones, whole ones alone, and the masked rest."""
+    regular = _lanes(place) == place.width and place.positions % 4 == 0
+    whole = place.positions // _tile(place) if regular else 0
+    long = min(whole * place.channels // place.width // _PROGRAMS, _LONGEST)
+    length = 1 << (long.bit_length() - 1) if long else 1
+    found, first, line = [], 0, 0
+    for until, step in ((whole // length * length, length), (whole, 1), (_tiles(place), 1)):
+        count = (until - first) // step
+        if count:
+            found.append(Run(first, line, count, step, until <= whole))
+        first, line = until, line + count
+    return found
+
+
+def lines(place: Place) -> int:
+    """Programs of a block of channels."""
+    return sum(run.programs for run in _runs(place))
 
 
 @triton.jit
@@ -397,7 +333,7 @@ def synthesise_kernel(
 
 
 def energies(x: Tensor, mean: Tensor, analysis: Tensor, place: Place, out: Tensor) -> list[Launch]:
-    """What writes squares of coefficients, summed by program: fp32[place.lines, bands]."""
+    """What writes squares of coefficients, summed by program: fp32[lines(place), bands]."""
     given = (x, mean, analysis, mean, out)
     return _launches(analyse_kernel, given, place, x, ENERGIES=True)
 
@@ -431,14 +367,14 @@ def _launches(
         "UNIT": unit,
         "BLOCKS": blocks,
         "WIDTH": place.width,
-        "LANES": place.lanes,
-        "HALF": min(place.lanes, 32),
-        "P": place.tile,
+        "LANES": _lanes(place),
+        "HALF": min(_lanes(place), 32),
+        "P": _tile(place),
         "SCALE": place.count**-0.5,
         "PRECISION": "ieee" if warp_size() == 64 else "tf32x3",
     }
     found = []
-    for run in place.runs:
+    for run in _runs(place):
         quarter = 4 if run.fast else 1
         where = (*place.blocks, *strides, place.strides[3], place.positions // quarter)
         tile = {"TILES": run.tiles, "QUARTER": quarter, "FAST": run.fast}
