@@ -1,11 +1,11 @@
 """Costs: the time of a step, and what each representation adds to it.
 
-Codecs are timed once on each machine and device, in nanoseconds an element, encode and decode
-together; the table is kept beside Inductor's cache, so that a later process plans alike. The step
-is estimated from its matrix products and its saved bytes, at rates measured with the table: what
-matters to a plan is the proportion of the two. On a CPU all is measured on one thread in its own
-time: by the clock, on a busy machine, two threads that wait for each other took 200 times as long.
-On a GPU, by its own clock.
+Codecs are timed once on each machine and device, in nanoseconds an element and in seconds a call,
+encode and decode together; the table is kept beside Inductor's cache, so that a later process plans
+alike. The step is estimated from its matrix products and its saved bytes, at rates measured with
+the table: what matters to a plan is the proportion of the two. On a CPU all is measured on one
+thread in its own time: by the clock, on a busy machine, two threads that wait for each other took
+200 times as long. On a GPU, by its own clock.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fxcompress.program import TIME_PRICE
 
 log = logging.getLogger("fxcompress")
 
-FORMAT = 5
+FORMAT = 6
 LARGEST_FILE = 1 << 20
 # Each saved byte is written, read again in the backward, and has a gradient that is written and
 # read, and as much again is moved on the way: an estimate for what no matrix product counts.
@@ -48,6 +48,7 @@ _ELEMENTS = 1 << 19
 _GPU_ELEMENTS = 1 << 26  # more than caches hold
 _GPU_SIDE = 4096
 _BUSY = 24  # products of that size: some 4 ms of the fastest GPU
+_FEW = 64  # rows of a tensor that takes less time than the calls
 _COPIED = 1 << 23  # so much that the allocator asks the system for it
 _REPEATS = 5
 _SIDE = 384  # of the matrices that are multiplied to see how fast
@@ -61,12 +62,16 @@ class Rates:
     Attributes:
         coders: nanoseconds an element, encode and decode, by codec spec.
         basis: of changing basis there and back, in blocks of 64 channels.
+        call, basis_call: seconds that both calls take besides their elements; those of a codec with
+            a basis take the second as well.
         flops, bytes: a second, of a matrix product and of a copy into fresh memory.
         host_bytes: a second, to host memory and back; 0 where that is the device's own.
     """
 
     coders: Mapping[str, float]
     basis: float
+    call: float
+    basis_call: float
     flops: float
     bytes: float
     host_bytes: float
@@ -74,7 +79,8 @@ class Rates:
     @property
     def is_sound(self) -> bool:
         """Finite, and nothing that is divided by is 0."""
-        numbers = (*self.coders.values(), self.basis, self.flops, self.bytes, self.host_bytes)
+        others = (self.basis, self.call, self.basis_call, self.host_bytes)
+        numbers = (*self.coders.values(), *others, self.flops, self.bytes)
         return all(map(math.isfinite, numbers)) and min(self.flops, self.bytes) > 0
 
 
@@ -123,7 +129,9 @@ def added_seconds(choice: Choice, found: Rates) -> float:
         return 0.0
     elements = candidate.own_bytes / candidate.fake.element_size()
     into_fresh_memory = candidate.own_bytes / found.bytes
-    return elements * _nanoseconds(choice.codec_spec, found) * 1e-9 + into_fresh_memory
+    is_transform = isinstance(codec(choice.codec_spec), Transform)
+    calls = found.call + (found.basis_call if is_transform else 0.0)
+    return calls + elements * _nanoseconds(choice.codec_spec, found) * 1e-9 + into_fresh_memory
 
 
 def _rebuilding_seconds(recipe: Recipe, found: Rates) -> float:
@@ -227,7 +235,16 @@ def _measure(device: torch.device) -> Rates:
     coders = {spec: nanoseconds(spec) for spec in specs()}
     sample = x[: _ELEMENTS // _WIDTH].float()
     fitted = at_rate(fit(sample, [torch.randn_like(sample)], -1), 2.0)
-    basis = nanoseconds(fitted.spec) - _of_bands(fitted, coders)
+    basis = max(nanoseconds(fitted.spec) - _of_bands(fitted, coders), 0.0)
+    few = x[:_FEW].contiguous()
+
+    def both_calls(spec: str, each: float) -> float:
+        """Seconds of the operators on so few elements, of which each takes `each` nanoseconds."""
+        taken = seconds(lambda: _by_operators(few, spec, key))
+        return round(max(taken - few.numel() * each * 1e-9, 0.0), 7)
+
+    call = both_calls("affine(bits=4)", coders["affine(bits=4)"])
+    with_basis = both_calls(fitted.spec, basis + _of_bands(fitted, coders))
     multiply = seconds(lambda: square @ square)
     large = torch.empty(_COPIED, device=device)
 
@@ -236,11 +253,21 @@ def _measure(device: torch.device) -> Rates:
 
     return Rates(
         coders,
-        max(basis, 0.0),
+        basis,
+        call,
+        max(with_basis - call, 0.0),
         round(2 * side**3 / multiply, -8),
         round(x.nbytes / seconds(x.clone) if on_gpu else large.nbytes / seconds(large.clone), -8),
         round(large.nbytes / _seconds(there_and_back, device), -8) if on_gpu else 0.0,
     )
+
+
+def _by_operators(x: Tensor, spec: str, key: Tensor) -> Tensor:
+    """A matrix encoded and decoded as a graph does it."""
+    call, order = torch.ops.fxcompress, [0, 1]
+    payload = call.encode(x, key, spec, 1, order)
+    found: Tensor = call.decode(payload, key, spec, 1, x.shape, order, x.dtype)
+    return found
 
 
 def gpu_seconds(call: Callable[[], Any], busy: Tensor) -> float:

@@ -34,6 +34,8 @@ def test_every_codec_that_is_priced_is_timed(rates: costs.Rates) -> None:
     assert set(rates.coders) == set(specs())
     assert min(rates.coders.values()) > 0
     assert min(rates.flops, rates.bytes, rates.basis) > 0
+    assert 0 < rates.call < 1e-3
+    assert 0 < rates.basis_call < 1e-3
 
 
 def test_the_table_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +63,8 @@ def test_codecs_add_their_time_by_the_element(rates: costs.Rates, recording: Rec
     slow = replace(rates, coders={**rates.coders, "rotate(bits=2)": 1000.0})
     seconds = costs.added_seconds(codable_choice(found, "rotate(bits=2)"), slow)
     assert seconds == pytest.approx(256 * 128 * 1e-6, rel=0.2)
+    later = costs.added_seconds(codable_choice(found, "rotate(bits=2)"), replace(slow, call=1.0))
+    assert later == pytest.approx(seconds + 1 - slow.call)
     # As long as its kin where a variant was not timed.
     other = codable_choice(found, "rotate(bits=2,group=128)")
     assert costs.added_seconds(other, slow) == pytest.approx(seconds)
@@ -74,6 +78,8 @@ def test_a_transform_takes_its_basis_and_its_coders(
     codec = at_rate(fit(x, [torch.randn_like(x)], -1), 1.0)
     assert isinstance(codec, Transform)
     with_basis = costs.added_seconds(codable_choice(found, codec.spec), rates)
-    without = costs.added_seconds(codable_choice(found, codec.spec), replace(rates, basis=0.0))
-    assert with_basis - without == pytest.approx(256 * 128 * rates.basis * 1e-9)
+    coded = replace(rates, basis=0.0, basis_call=0.0)
+    without = costs.added_seconds(codable_choice(found, codec.spec), coded)
+    of_basis = 256 * 128 * rates.basis * 1e-9 + rates.basis_call
+    assert with_basis - without == pytest.approx(of_basis)
     assert without > 0

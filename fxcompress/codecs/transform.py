@@ -182,7 +182,9 @@ class Transform(Codec):
 
     def _has_kernels(self) -> bool:
         """There may be: which shapes they take, `placed` says."""
-        return fits(self._sides(), self._width()) and (cpu.available() or triton.installed())
+        if not fits(self._sides(), self._width()):
+            return False
+        return (torch.cuda.is_available() and triton.installed()) or cpu.available()
 
     def _place(self, x: Tensor) -> Place | None:
         """Where the kernels for x's device find its elements; None where ATen does the work."""
@@ -329,7 +331,7 @@ class _Bands:
 
 def _on_cpu(x: Tensor) -> bool:
     """Our kernels for the CPU do the work."""
-    return x.device.type == "cpu" and cpu.available()
+    return x.device.type == "cpu" and not triton.takes(x, 1) and cpu.available()
 
 
 def _energies(z: Tensor) -> Tensor:

@@ -273,9 +273,9 @@ inline void for_tiles(const Place& place, int threads, Body body) {
     const i64 size = place.count() * place.width * tile;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        std::vector<float> memory(size + place.width * tile + lanes);
-        const auto at = reinterpret_cast<uintptr_t>(memory.data());
-        float* a = memory.data() + (-at % sizeof(Lanes)) / sizeof(float);
+        const std::unique_ptr<float[]> memory(new float[size + place.width * tile + lanes]);
+        const auto at = reinterpret_cast<uintptr_t>(memory.get());
+        float* a = memory.get() + (-at % sizeof(Lanes)) / sizeof(float);
 #pragma omp for collapse(2) schedule(static)
         for (i64 t = 0; t < tiles; t++)
             for (i64 b = 0; b < blocks; b++) body(t, b, a, a + size);
