@@ -23,7 +23,7 @@ from fxcompress.ladder import specs
 from fxcompress.moments import Moments, moments, together
 from fxcompress.passes.roles import product_of
 from fxcompress.record import Recorder, Recording, backward_inputs, run_forward
-from fxcompress.sensitivity import Measured, Sensitivity, price, sensitivity
+from fxcompress.sensitivity import Measured, Sensitivity, price, prices, sensitivity
 
 log = logging.getLogger("fxcompress")
 
@@ -134,11 +134,11 @@ def _measure(
     found = {}
     for i, tensor in enumerate(norms.tensors):
         name = tensor.candidate.name
-        prices: dict[str, Price] = {}
+        own: dict[str, Price] = {}
         transforms: dict[float, str] = {}
         norm = 0.0
         if all(s.tensors[i].weights is not None for s in priced):
-            tables = [_prices(s.tensors[i], s.gradient_square, group) for s in priced]
+            tables = [prices(s.tensors[i], specs(group), s.gradient_square) for s in priced]
             fitted = fit_transforms(gathered.get(name))
             transforms = {bits: c.spec for bits, c in fitted.items()}
             old = _renewed(used.get(name), gathered.get(name))
@@ -146,12 +146,13 @@ def _measure(
                 table.update(transform_prices(fitted, s.tensors[i], s.gradient_square))
                 if old is not None and old not in table:
                     table[old] = price(s.tensors[i], old, s.gradient_square)
-            prices = {spec: _mean([table[spec] for table in tables]) for spec in tables[0]}
-            norm = price(tensor, NORM_SPEC, 1.0).variance if tensor.weights is not None else 0.0
+            own = {spec: _mean([table[spec] for table in tables]) for spec in tables[0]}
+            if tensor.weights is not None:
+                norm = price(tensor, NORM_SPEC, 1.0).variance
         ranges = _sample_ranges(tensor)
         square, count = gradients.get(name, 0.0), tensor.values.numel()
         through = _through([s.passed.get(name, {}) for s in priced])
-        found[name] = TensorEvidence(prices, transforms, norm, ranges, square, count, through)
+        found[name] = TensorEvidence(own, transforms, norm, ranges, square, count, through)
     return found, spread
 
 
@@ -221,10 +222,6 @@ def _renewed(spec: str | None, found: Moments | None) -> str | None:
             return None
         renew(used, found)
     return spec
-
-
-def _prices(tensor: Measured, gradient_square: float, group: int) -> dict[str, Price]:
-    return {spec: price(tensor, spec, gradient_square) for spec in specs(group)}
 
 
 def _mean(prices: Sequence[Price]) -> Price:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxcompress.codecs import codec, states
 from fxcompress.codecs.levels import levels
-from fxcompress.codecs.transform import RATES, Transform
+from fxcompress.codecs.transform import RATES, Transform, seen
 from fxcompress.evidence import Price
 from fxcompress.moments import WIDTH, Moments, moments
 from fxcompress.sensitivity import Measured
@@ -174,9 +174,9 @@ def transform_prices(
     z = any_rate.forward(tensor.values.float())
     totals = dict.fromkeys((c.spec for c in codecs.values()), (0.0, 0.0))
     for weights in tensor.weights:
-        w = any_rate.adjoint(weights.float())
+        bands = seen(z, any_rate.adjoint(weights.float()))
         for each in codecs.values():
-            variance, bias = each.effect_on_bands(z, w)
+            variance, bias = each.effect_on(bands)
             before = totals[each.spec]
             totals[each.spec] = (before[0] + variance, before[1] + bias)
     count = len(tensor.weights) * gradient_square

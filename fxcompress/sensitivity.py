@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.codecs import codec
+from fxcompress.codecs.groups import groups
 from fxcompress.evaluate import Evaluation, evaluate
 from fxcompress.evidence import Price
 from fxcompress.passes.analyse import Candidate
@@ -183,10 +184,21 @@ def sensitivity(
 
 def price(tensor: Measured, spec: str, gradient_square: float) -> Price:
     """What ``spec`` on this tensor adds to the squared error of the gradient, relative to it."""
+    return prices(tensor, [spec], gradient_square)[spec]
+
+
+def prices(tensor: Measured, specs: Sequence[str], gradient_square: float) -> dict[str, Price]:
+    """`price` by spec."""
     assert tensor.weights is not None
-    found = [codec(spec).effect(tensor.values, w) for w in tensor.weights]
-    count = len(found) * gradient_square
-    return Price(sum(v for v, _ in found) / count, sum(b for _, b in found) / count)
+    found = {spec: Price(0.0, 0.0) for spec in specs}
+    count = len(tensor.weights) * gradient_square
+    for w in tensor.weights:
+        sums = groups(tensor.values.reshape(1, -1), w.reshape(1, -1))
+        for spec, before in found.items():
+            noise = codec(spec).noise(sums)
+            variance, bias = codec(spec).effect(tensor.values, w) if noise is None else (noise, 0.0)
+            found[spec] = Price(before.variance + variance / count, before.bias + bias / count)
+    return found
 
 
 def _gradients(recording: Recording, arguments: Mapping[str, Any]) -> list[Tensor]:

@@ -238,16 +238,13 @@ class Affine(Fusing):
         return found
 
     def _grid(self, x: Tensor, shared: Sharing) -> Grid:
-        meta = META[self.meta]
         lowest, highest = grids.ends(x, shared)
         finite = lowest.isfinite() & highest.isfinite()
         largest = torch.maximum(lowest.abs(), highest.abs())
         lo: Tensor | float = 0.0
         zero: Tensor | int = self._fixed_zero
         if self.zero == "minimum":
-            lo = grids.round_down(lowest, meta)
-            step = grids.shorten(self._step((highest - lo) * (1.0 / self._top)))
-            step = torch.where(highest > lo, step, 0.0)
+            lo, step = self._between(lowest, highest)
             finite &= lo.isfinite() & (step * self._top).isfinite()
             lo = torch.where(finite, lo, 0.0)
         elif self.zero == "integer":
@@ -261,6 +258,15 @@ class Affine(Fusing):
             step = self._step(self._percentile(x, shared) * (1.0 / self._fixed_zero))
         step = torch.where(finite & step.isfinite(), step, math.nan)
         return Grid(step, lo, zero, self._top)
+
+    def steps(self, lowest: Tensor, highest: Tensor) -> Tensor:
+        """Of grids from the lowest value to the highest."""
+        return self._between(lowest, highest)[1]
+
+    def _between(self, lowest: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:
+        lo = grids.round_down(lowest, META[self.meta])
+        step = grids.shorten(self._step((highest - lo) * (1.0 / self._top)))
+        return lo, torch.where(highest > lo, step, 0.0)
 
     def _step(self, exact: Tensor) -> Tensor:
         return grids.round_up(exact.clamp(min=MIN_STEP), META[self.meta])

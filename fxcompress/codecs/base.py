@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fxcompress import rng
+from fxcompress.codecs.groups import Groups
 from fxcompress.errors import CodecError
 from fxcompress.kernels import triton
 
@@ -132,6 +133,10 @@ class Codec(ABC):
         variance = float((w.square() * noise).sum(dtype=torch.float64))
         bias = float((w * error.bias).sum(dtype=torch.float64)) if bool(error.bias.any()) else 0.0
         return variance, bias**2
+
+    def noise(self, seen: Groups) -> float | None:
+        """The variance that `effect` gives of what these sums are of; None: they do not tell."""
+        return None
 
     def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
         """`encode_reference`, bit for bit, by a kernel for x's device; False if there is none."""

@@ -32,6 +32,7 @@ from fxcompress.codecs import pointwise
 from fxcompress.codecs.affine import Affine
 from fxcompress.codecs.base import FLOATS, ErrorModel, Keys
 from fxcompress.codecs.fused import GROUP, Fusing
+from fxcompress.codecs.groups import SIZE, Groups
 from fxcompress.codecs.payload import carve
 from fxcompress.codecs.planar import code_bytes, group_chunks, unpack
 from fxcompress.errors import CodecError
@@ -104,6 +105,13 @@ class Dither(Fusing):
         noise = torch.where(noise.isnan(), math.inf, noise).repeat_interleave(self.group)
         variance = noise[: x.numel()].view(x.shape)
         return ErrorModel(variance, torch.zeros_like(variance))
+
+    def noise(self, seen: Groups) -> float | None:
+        """As `Codec.noise`."""
+        if self.group != SIZE:
+            return None
+        steps = self._affine.steps(seen.low, seen.high)
+        return float((seen.weight * steps.square()).sum(dtype=torch.float64)) / 12
 
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
         self._affine.encode_reference(x, payload, keys)

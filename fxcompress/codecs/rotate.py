@@ -48,6 +48,7 @@ from torch.nn import functional as F
 from fxcompress import rng
 from fxcompress.codecs.base import FLOATS, ErrorModel, Keys
 from fxcompress.codecs.fused import GROUP, Fusing
+from fxcompress.codecs.groups import SIZE, Groups
 from fxcompress.codecs.levels import levels
 from fxcompress.codecs.payload import Section, carve, section_bytes
 from fxcompress.codecs.planar import group_chunks, pack, unpack
@@ -162,6 +163,15 @@ class Rotate(Fusing):
             if not self.unbiased:
                 bias[span] = torch.where(unit.isnan()[:, None], 0.0, c * -d).view(-1)
         return ErrorModel(variance.view(x.shape), bias.view(x.shape))
+
+    def noise(self, seen: Groups) -> float | None:
+        """As `Codec.noise`."""
+        if self.group != SIZE or not self.unbiased:
+            return None
+        mean = seen.mean.to(_BF16).float() if self._centred else 0.0
+        energy = seen.energy + seen.size * (seen.mean - mean).square()
+        d = levels(self.bits).distortion
+        return d / (1 - d) * float((seen.weight * energy / seen.padded).sum(dtype=torch.float64))
 
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
         assert keys is not None

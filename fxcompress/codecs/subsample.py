@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from fxcompress import rng
 from fxcompress.codecs import rotate
 from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys
+from fxcompress.codecs.groups import Groups
 from fxcompress.codecs.levels import levels
 from fxcompress.codecs.payload import carve, section_bytes
 from fxcompress.codecs.planar import group_chunks, pack, unpack
@@ -111,6 +112,16 @@ class Subsample(Codec):
             noise = torch.where(unit.isnan()[:, None], math.inf, noise)
             variance[span] = noise.view(-1)
         return ErrorModel(variance.view(x.shape), torch.zeros_like(variance).view(x.shape))
+
+    def noise(self, seen: Groups) -> float:
+        """As `Codec.noise`."""
+        k, d = self._block, levels(1).distortion
+        drawn = seen.joined(k)
+        moved = drawn.mean - drawn.mean.to(torch.bfloat16).float()
+        energy = drawn.energy + drawn.size * moved.square()
+        weighed = drawn.second + 2 * moved * drawn.first + moved.square() * drawn.weight
+        turned = drawn.weight * energy / replace(drawn, size=drawn.size / k).padded
+        return float(((k - 1) * weighed + d / (1 - d) * turned).sum(dtype=torch.float64))
 
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
         assert keys is not None

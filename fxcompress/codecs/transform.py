@@ -48,6 +48,7 @@ from fxcompress.codecs import states
 from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys, channel_axis
 from fxcompress.codecs.basis import analyse, synthesised
 from fxcompress.codecs.dither import Dither
+from fxcompress.codecs.groups import Groups, groups
 from fxcompress.codecs.rotate import Rotate
 from fxcompress.codecs.subsample import Subsample
 from fxcompress.kernels import cpu, triton
@@ -212,16 +213,17 @@ class Transform(Codec):
 
     def effect(self, x: Tensor, weights: Tensor) -> tuple[float, float]:
         """Noise of different bands is independent, that of channels and pixels is not."""
-        return self.effect_on_bands(self.forward(x), self.adjoint(weights.float()))
+        return self.effect_on(seen(self.forward(x), self.adjoint(weights.float())))
 
-    def effect_on_bands(self, z: Tensor, w: Tensor) -> tuple[float, float]:
-        """`effect` of coefficients and the gradient's derivative by them, [bands, positions]."""
-        variance, dropped = 0.0, torch.ones(len(z), dtype=torch.bool, device=z.device)
-        for codec, bands in self._coded(z):
-            variance += codec.effect(z.index_select(0, bands), w.index_select(0, bands))[0]
-            dropped[bands] = False
-        bias = float((w[dropped] * z[dropped]).sum(dtype=torch.float64))
-        return variance, bias**2
+    def effect_on(self, bands: Seen) -> tuple[float, float]:
+        """`effect` on these coefficients."""
+        state, variance = states.get(self.basis, bands.energies.device), 0.0
+        order = self._numbers(bands.energies, state).argsort(descending=True, stable=True)
+        for _, codec, count in self._classes():
+            noise = codec.noise(bands.groups.rows(order[:count]))
+            assert noise is not None
+            variance, order = variance + noise, order[count:]
+        return variance, float(bands.products.index_select(0, order).sum()) ** 2
 
     def _coded(self, z: Tensor) -> Iterator[tuple[Codec, Tensor]]:
         """(codec, bands) of each rate that these coefficients would be coded at."""
@@ -295,6 +297,26 @@ class Transform(Codec):
     def _classes(self) -> Sequence[tuple[int, Codec, int]]:
         """(number, codec, how many bands) of each rate in use, from the highest."""
         return _classes(self.rates)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Coefficients that a gradient reads: sums over their groups, and over each band.
+
+    Attributes:
+        groups: as if no group went over from one band to the next.
+        energies: of squares. products: with the derivatives, float64.
+    """
+
+    groups: Groups
+    energies: Tensor
+    products: Tensor
+
+
+def seen(z: Tensor, w: Tensor) -> Seen:
+    """Of coefficients and the gradient's derivative by them, [bands, positions]."""
+    products = (w * z).sum(1, dtype=torch.float64)
+    return Seen(groups(z, w, alone=False), _energies(z), products)
 
 
 @lru_cache(maxsize=4096)
