@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
             SettingsError: the policy cannot be used here.
         """
         static = kwargs.get("static_lifetime_input_indices") or ()
+        _kernels_together()
         plain = torch_private.min_cut(gm, joint_inputs, **kwargs)
         if not policy(self.settings.policy).enabled:
             return plain
@@ -204,6 +206,14 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
         self.ledger.record(key)
         self.plans[key] = None
         artefacts.show_plan(key, plan)
+
+
+@cache
+def _kernels_together() -> None:
+    """Inductor's C++ kernels for our graphs are compiled together from now on."""
+    from fxcompress.together import ask_us  # imports much of Inductor
+
+    torch_private.change_output_code(Partitioner, ask_us)
 
 
 def may_be_tried(settings: Settings) -> bool:

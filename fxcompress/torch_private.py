@@ -539,6 +539,62 @@ def compile_with_inductor(
     return compiled  # type: ignore[no-any-return]
 
 
+def change_output_code(partitioner: type, change: Callable[[str], str]) -> None:
+    """From now on, have the code that Inductor writes for graphs with such a partitioner changed.
+
+    `GraphLowering._compile_to_module_lines` (2.6 to 2.15) writes the code to a file, loads it, and
+    lets caches keep that file. By the config and not a context: backwards are compiled late.
+    Should it move: nothing but compile time depends on it.
+    """
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering
+
+    kept = getattr(GraphLowering, "_compile_to_module_lines", None)
+    if kept is None:
+        log.info("Inductor writes its code elsewhere: its C++ kernels are compiled one by one")
+        return
+
+    def changed(self: Any, code: Any) -> Any:
+        if isinstance(config.custom_partitioner_fn, partitioner):
+            code.value = change(code.value)
+        return kept(self, code)
+
+    GraphLowering._compile_to_module_lines = changed
+
+
+def async_compile() -> Any:
+    """The class whose methods the code of a graph calls for its kernels (2.0 to 2.15)."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    return AsyncCompile
+
+
+def compile_threads() -> int:
+    """`torch._inductor.async_compile.get_compile_threads` (2.5 to 2.15)."""
+    from torch._inductor.async_compile import get_compile_threads
+
+    return int(get_compile_threads())
+
+
+def start_cpp(source: str, statement: str, submit: Callable[..., Any] | None) -> Callable[[], Any]:
+    """Compile C++ as Inductor does its kernels; a function that waits and returns what calls it.
+
+    Args:
+        statement: what a call does, with its Python arguments in a tuple `args` of two.
+        submit: starts a task beside others; None: it is done when it is waited for.
+
+    `CppPythonBindingsCodeCache.load_pybinding_async` (2.4 to 2.15), which formats its class's
+    `call_entry_function`.
+    """
+    from torch._inductor.codecache import CppPythonBindingsCodeCache as Cache
+
+    escaped = statement.replace("{", "{{").replace("}", "}}")
+    own = type("Together", (Cache,), {"call_entry_function": escaped})
+    arguments = ["int64_t", "int64_t"]
+    result: Callable[[], Any] = own.load_pybinding_async(arguments, source, submit_fn=submit)
+    return result
+
+
 def autograd_cache_off() -> AbstractContextManager[None]:
     """Inside, AOTAutograd takes no graph from its on-disk cache: the partitioner is called.
 
@@ -821,6 +877,21 @@ def load_cpp(source: str) -> ctypes.CDLL | None:
     except Exception as error:  # no compiler, no disk space, a noexec cache folder...
         log.warning("CPU kernels are off, the slower reference is used: %s", error)
         return None
+
+
+def laid_out_as(
+    graph: torch.fx.Graph, node: torch.fx.Node, strides: Sequence[Any]
+) -> torch.fx.Node:
+    """``node``, which Inductor writes in the order of these strides if it writes it at all.
+
+    `prims.inductor_force_stride_order` (2.2 to 2.15), whose lowering decides an open layout. Should
+    it move: without it a channels-last mask is written with its channels slowest, and copied.
+    """
+    from torch._inductor import inductor_prims
+
+    forced = graph.call_function(inductor_prims.force_stride_order, (node, list(strides)))
+    forced.meta["val"] = node.meta["val"]
+    return forced
 
 
 def mutated_inputs(module: torch.fx.GraphModule) -> set[torch.fx.Node]:
