@@ -24,6 +24,17 @@ log = logging.getLogger("fxcompress")
 _ASKS = "async_compile = AsyncCompile()"
 _ASKS_US = "from fxcompress.together import Together; async_compile = Together()"
 _SIGNATURE = re.compile(r'extern "C"\s+void\s+kernel\(')
+# Arguments of a call from Python are a tuple (torch 2.14) or an array (2.15).
+_ITEMS = """
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+static inline PyObject* fxcompress_item(PyObject* args, int n) { return PyTuple_GET_ITEM(args, n); }
+static inline PyObject* fxcompress_item(PyObject* const* args, int n) { return args[n]; }
+static inline PyObject* fxcompress_items(PyObject*, PyObject* tuple) { return tuple; }
+static inline PyObject* const* fxcompress_items(PyObject* const*, PyObject* tuple) {
+    return &PyTuple_GET_ITEM(tuple, 0);
+}
+"""
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,7 @@ def in_files(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]]:
 def combined(kernels: Sequence[Kernel]) -> tuple[str, str]:
     """(one source of all of them, the statement that calls the kernel of a number).
 
-    The statement finds the number and a tuple of the kernel's arguments in a tuple `args`.
+    The statement finds the number and a tuple of the kernel's arguments in `args`.
     """
     includes: dict[str, None] = {}
     bodies, cases = [], []
@@ -103,8 +114,9 @@ def combined(kernels: Sequence[Kernel]) -> tuple[str, str]:
         types = (argument.replace("const ", "") for argument in kernel.arguments)
         given = ", ".join(f"parse_arg<{t}>(given, {n})" for n, t in enumerate(types))
         cases.append(f"case {i}: fxcompress_{i}::kernel({given}); break;")
+    number, given = "fxcompress_item(args, 0)", "fxcompress_items(args, fxcompress_item(args, 1))"
     statement = (
-        "PyObject* given = PyTuple_GET_ITEM(args, 1); "
-        f"switch (PyLong_AsLong(PyTuple_GET_ITEM(args, 0))) {{ {' '.join(cases)} }} Py_RETURN_NONE;"
+        f"auto given = {given}; "
+        f"switch (PyLong_AsLong({number})) {{ {' '.join(cases)} }} Py_RETURN_NONE;"
     )
-    return "\n".join([*includes, *bodies]), statement
+    return "\n".join([*includes, _ITEMS, *bodies]), statement

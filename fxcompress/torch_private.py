@@ -580,11 +580,11 @@ def start_cpp(source: str, statement: str, submit: Callable[..., Any] | None) ->
     """Compile C++ as Inductor does its kernels; a function that waits and returns what calls it.
 
     Args:
-        statement: what a call does, with its Python arguments in a tuple `args` of two.
+        statement: what a call does, with its two Python arguments in `args`: a tuple, or an array.
         submit: starts a task beside others; None: it is done when it is waited for.
 
     `CppPythonBindingsCodeCache.load_pybinding_async` (2.4 to 2.15), which formats its class's
-    `call_entry_function`.
+    `call_entry_function`. From 2.15 on `args` is an array.
     """
     from torch._inductor.codecache import CppPythonBindingsCodeCache as Cache
 
