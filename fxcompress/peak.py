@@ -476,7 +476,7 @@ def _follow_reads(
         if prop.is_view(node) or (node.target is operator.getitem and prop.is_view(node.args[0])):  # type: ignore[arg-type]
             root = prop.storage_root(node)
             last[root] = max(last[root], last[node])
-            if node in owners and root.op != "placeholder":
+            if node in owners:
                 owners.discard(node)
                 owners.add(root)
 
