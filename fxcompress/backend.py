@@ -18,6 +18,7 @@ from fxcompress.plan import Plan, merge
 from fxcompress.planner import Given
 from fxcompress.policies import policy
 from fxcompress.replan import Replanner
+from fxcompress.returned import when_backward_begins
 from fxcompress.settings import Settings, make, split_options, update
 from fxcompress.whole import Graph, Whole
 
@@ -34,6 +35,7 @@ class Backend:
         self.partitioner = Partitioner(settings)
         self.whole = Whole()
         self.plans: dict[str, None] = {}
+        self.released: dict[str, bool] = {}  # by plan: its caller let go of what was returned
         self.__name__ = "fxcompress"
 
     def __call__(
@@ -122,7 +124,12 @@ class Backend:
                 part = Role(is_part=True, given=given)
                 return self._compile(fresh, inputs, settings, mode, patches, part)
 
-        return self.whole.add(Graph(settings, planned, compiled, again, role.is_early, frame))
+        def lets_go(planned: Planned) -> bool:
+            return self.released.get(planned.plan.key(), False)
+
+        return self.whole.add(
+            Graph(settings, planned, compiled, again, role.is_early, lets_go, frame)
+        )
 
     def _forget(self, old: Planned) -> None:
         """The graph is about to be compiled anew, by another plan."""
@@ -174,29 +181,41 @@ class Backend:
             self.partitioner.recorded = None  # with the inputs it holds
         if self.partitioner.plans:
             report.remember(graph, list(self.partitioner.plans))
-        for key in self.partitioner.plans or report.recall(graph):
+        keys = list(self.partitioner.plans or report.recall(graph))
+        for key in keys:
             self.plans[key] = None
             self.partitioner.ledger.learn(key, frame)
-        return self._watch_first_call(compiled, frame), self.partitioner.planned
+        return self._watch_first_call(compiled, keys, frame), self.partitioner.planned
 
     def _watch_first_call(
-        self, compiled: Callable[..., Any], frame: tuple[object, object] | None
+        self,
+        compiled: Callable[..., Any],
+        keys: list[str],
+        frame: tuple[object, object] | None,
     ) -> Callable[..., Any]:
-        """Learn from the first call which plan a graph has that came from the on-disk cache."""
-        learned = False
+        """Learn from the first call which plan a graph has that came from the on-disk cache, and
+        from the first backward whether the caller holds what the graph returned."""
+        learned = seen = False
 
         def learn(plan_key: str) -> None:
+            keys.append(plan_key)
             self.plans[plan_key] = None
             self.partitioner.ledger.learn(plan_key, frame)
 
         def run(*args: Any) -> Any:
             nonlocal learned
-            if learned:
+            if learned and seen:
                 return compiled(*args)
-            with report.listening(learn):
+            with nullcontext() if learned else report.listening(learn):
                 result = compiled(*args)
             learned = True
+            when_backward_begins(result, see)
             return result
+
+        def see(released: bool) -> None:
+            nonlocal seen
+            seen = True
+            self.released.update(dict.fromkeys(keys, released))
 
         if getattr(compiled, "_boxed_call", False):
             run._boxed_call = True  # type: ignore[attr-defined]
@@ -219,13 +238,21 @@ class Backend:
         if not policy(self.settings.policy).enabled:
             note = f"policy={self.settings.policy!r} leaves all as plain Inductor has it"
             return Plan(self.settings.policy, self.settings.budget_mb, (), 0, 0, note)
-        return merge(report.read(key) for key in self.plans)
+        return merge(self._as_it_runs(key) for key in self.plans)
+
+    def _as_it_runs(self, key: str) -> Plan:
+        """A plan, its peak without what its caller was seen to let go of."""
+        plan = report.read(key)
+        if not self.released.get(key) or plan.released_peak_bytes is None:
+            return plan
+        return replace(plan, planned_peak_bytes=plan.released_peak_bytes)
 
     def reset(self) -> None:
         """Forget what was compiled (``torch._dynamo.reset`` calls this)."""
         self.partitioner = Partitioner(self.settings)
         self.whole = Whole()
         self.plans.clear()
+        self.released.clear()
 
 
 def _replanned(compiled: Callable[..., Any], replanner: Replanner) -> Callable[..., Any]:

@@ -47,6 +47,7 @@ class Decision:
         ladders: by tensor, what was weighed, from the least noise on.
         calibrated: noise was measured, not guessed.
         timeline: modelled memory of the step.
+        released_peak: planned_peak if the caller lets go of what the forward returned.
         slowdown: estimated time that encoding and decoding add to a step, over that of the plain
             step; None where nobody asked the clock.
         gap: how far from the best the choices may be (see Solution); None if nothing was solved.
@@ -58,6 +59,7 @@ class Decision:
     ladders: Mapping[str, Sequence[Option]] = field(default_factory=dict)
     calibrated: bool = False
     timeline: tuple[Moment, ...] = ()
+    released_peak: int | None = None
     gap: float | None = None
     slowdown: float | None = None
 

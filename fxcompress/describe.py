@@ -54,6 +54,7 @@ def describe(
         tensors=tuple(_with_bias(row, (evidence or {}).get(row.name)) for row in rows),
         plain_peak_bytes=plain.whole_peak,
         planned_peak_bytes=decision.planned_peak,
+        released_peak_bytes=decision.released_peak,
         note=decision.note,
         calibrated=decision.calibrated,
         timeline=decision.timeline,

@@ -5,7 +5,8 @@ if Inductor must write it to memory: calls that do not fuse (matrix products, co
 codecs), reductions, outputs, and pointwise results that such a call reads or that are read on both
 sides of one. Everything else lives in registers of a fused loop, and whatever it reads stays alive
 until the loop runs. Parameters, their gradients and the step's inputs are not counted, but inputs
-that get a gradient are: activations of the graph before.
+that get a gradient are: activations of the graph before. What the forward returns is alive to the
+end, for its caller may hold it, or until its gradient is there if the caller is known not to.
 
 Each saved tensor contributes by its representation: kept, its bytes from birth to its last reader;
 coded, its bytes until the last forward reader, the payload from there to the last decode, and a
@@ -165,7 +166,12 @@ class _Step:
 
 
 def timeline(
-    cut: Cut, candidates: Sequence[Candidate], *, channels_last: bool, repeats: int = 1
+    cut: Cut,
+    candidates: Sequence[Candidate],
+    *,
+    channels_last: bool,
+    repeats: int = 1,
+    lets_go: bool = False,
 ) -> Timeline:
     """The memory timeline of ``cut``, with what each candidate adds kept apart.
 
@@ -173,11 +179,12 @@ def timeline(
         channels_last: Inductor will lay feature maps out with channels fastest.
         repeats: how often the forward runs before the backwards do, as the block of a model that is
             compiled block by block. What the other runs save is there throughout.
+        lets_go: when the backward begins nobody holds what the forward returned (returned.py).
     """
     others = repeats - 1
     step = _step(cut)
-    held_by_user = {prop.storage_root(n) for n in cut.outputs if isinstance(n, fx.Node)}
-    coded_roots = {prop.storage_root(c.saved.forward) for c in candidates} - held_by_user
+    returned = {prop.storage_root(n) for n in cut.outputs if isinstance(n, fx.Node)}
+    coded_roots = {prop.storage_root(c.saved.forward) for c in candidates} - returned
     received = {s.backward for s in cut.saved}
     gradients = _parameter_gradients(cut)
     inputs = set(placeholders(cut.forward))
@@ -186,7 +193,9 @@ def timeline(
     for node in step.owners:
         if node in coded_roots or node in received or node in gradients or node in inputs:
             continue
-        last = step.end if node in held_by_user else step.last[node]
+        last = step.last[node]
+        if node in returned:
+            last = step.end_forward if lets_go else step.end
         first = step.end_forward + 1 if node.op == "placeholder" else step.birth(node)
         base[first : last + 1] += prop.tensor_bytes(node)
 
@@ -222,8 +231,10 @@ def timeline(
         born = step.birth(root)
         used = max(step.last[root], born)
         needed = max(step.last[saved.backward], used)
-        size = 0 if root in held_by_user else candidate.own_bytes
+        size = 0 if root in returned else candidate.own_bytes
         kept[name] = step.span(born, needed, size) + others * size
+        if root in returned and lets_go:
+            kept[name] = step.span(step.end_forward + 1, needed, candidate.own_bytes)
         dropped[name] = step.span(born, used, size)
         readers = _live_readers(candidate)
         decoded[name] = _copies(step, cut, readers, candidate.own_bytes)
@@ -476,7 +487,7 @@ def _follow_reads(
         if prop.is_view(node) or (node.target is operator.getitem and prop.is_view(node.args[0])):  # type: ignore[arg-type]
             root = prop.storage_root(node)
             last[root] = max(last[root], last[node])
-            if node in owners and root.op != "placeholder":
+            if node in owners:
                 owners.discard(node)
                 owners.add(root)
 

@@ -124,7 +124,9 @@ class Plan:
         policy, budget_mb: as asked.
         tensors: one entry a saved tensor.
         plain_peak_bytes, planned_peak_bytes: modelled peak of activation memory over a step, of
-            plain Inductor and of this plan.
+            plain Inductor and of this plan. What graphs return counts to the end of the step.
+        released_peak_bytes: the plan's if the caller lets go of what the graph returned before the
+            backward begins (fxcompress/returned.py); None: not asked.
         note: why nothing was changed, where nothing was.
         graphs: how many compiled graphs the plan covers.
         calibrated: variances were measured on this model, not guessed.
@@ -151,6 +153,7 @@ class Plan:
     graphs: int = 1
     calibrated: bool = False
     timeline: tuple[Moment, ...] = ()
+    released_peak_bytes: int | None = None
     measured_saved_bytes: int | None = None
     measured_peak_bytes: int | None = None
     measured: tuple[int, ...] = ()
@@ -235,8 +238,12 @@ class Plan:
             raise FxCompressError(f"not a plan file: {error}") from error
 
     def key(self) -> str:
-        """Content hash: what a compiled graph carries to name the plan it was built from."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:24]
+        """Content hash: what a compiled graph carries to name the plan it was built from.
+
+        The planned peak apart, which falls once a caller was seen to let go of what is returned.
+        """
+        lasting = replace(self, planned_peak_bytes=0)
+        return hashlib.sha256(lasting.to_json().encode()).hexdigest()[:24]
 
     def __str__(self) -> str:
         console = Console(width=150, color_system=None)

@@ -58,11 +58,13 @@ class Given:
         choices: for its candidates, whose names tell which.
         reserved: bytes that the other graphs will keep saved meanwhile.
         gap: see Solution.
+        lets_go: see timeline.
     """
 
     choices: tuple[Choice, ...]
     reserved: int
     gap: float | None
+    lets_go: bool = False
 
 
 def make_plan(
@@ -94,7 +96,16 @@ def make_plan(
         BudgetError: the budget is below what the policy can reach.
         SettingsError: the policy needs a calibration, or a device it does not have.
     """
-    memory = timeline(cut, candidates, channels_last=channels_last, repeats=settings.repeats)
+    memory, released = (
+        timeline(
+            cut,
+            candidates,
+            channels_last=channels_last,
+            repeats=settings.repeats,
+            lets_go=lets_go,
+        )
+        for lets_go in (given is not None and given.lets_go, True)
+    )
     clock = None
     if policy(settings.policy).solves:
         clock = clock_of(cut, plain.candidates, settings.time_price)
@@ -119,6 +130,7 @@ def make_plan(
         ladders={c.name: found for c, found in zip(candidates, ladders, strict=True)},
         calibrated=evidence is not None,
         timeline=_moments(memory, candidates, choices, reserved),
+        released_peak=released.peak(choices) + reserved,
         gap=None if solved is None else solved.gap,
         slowdown=sum(clock.slowdown(c) for c in choices) if clock else None,
     )

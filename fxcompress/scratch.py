@@ -37,7 +37,7 @@ def convolution_bytes(node: fx.Node, *, channels_last: bool) -> int:
     enough, in distributed jobs, and while somebody profiles.
 
     Args:
-        channels_last: how feature maps are laid out.
+        channels_last: Inductor lays feature maps out so, unless they are laid out so already.
     """
     place = _WEIGHTS.get(prop.op_name(node))
     if place is None:
@@ -50,18 +50,18 @@ def convolution_bytes(node: fx.Node, *, channels_last: bool) -> int:
         return 0
     if torch_private.job_store() is not None:  # ranks plan alike, whatever machines they are on
         return 0
-    arguments = _arguments(node, place)
+    if any(map(prop.has_symbols, node.all_input_nodes)):
+        return 0
+    arguments = _arguments(node, place, channels_last=channels_last)
     try:
-        key = json.dumps(
-            [prop.op_name(node), arguments, channels_last, torch.get_num_threads()], default=asdict
-        )
+        key = json.dumps([prop.op_name(node), arguments, torch.get_num_threads()], default=asdict)
     except TypeError:  # a size is symbolic
         return 0
     known = _known()
     if key not in known:
         try:
             with torch_private.outside_compile(), torch.no_grad():
-                known[key] = _measured(node.target, arguments, channels_last)
+                known[key] = _measured(node.target, arguments)
         except Exception as error:  # an estimate goes without
             log.info("the scratch memory of %s is not known: %s", node.name, error)
             return 0
@@ -71,25 +71,42 @@ def convolution_bytes(node: fx.Node, *, channels_last: bool) -> int:
 
 @dataclass(frozen=True)
 class _Like:
-    """A tensor of this shape and dtype."""
+    """A tensor of this shape, layout and dtype."""
 
     shape: list[int]
+    strides: list[int]
     dtype: str
 
 
-def _arguments(node: fx.Node, weight: int) -> list[Any]:
+def _arguments(node: fx.Node, weight: int, *, channels_last: bool) -> list[Any]:
     """What to call the operator with: of a large batch, a part, for weights decide what it takes.
 
     weight: the place of the weight, after the feature maps.
     """
     values: list[Any] = [prop.value(a) if isinstance(a, fx.Node) else a for a in node.args]
     found: list[Any] = [
-        _Like(list(v.shape), str(v.dtype)) if isinstance(v, Tensor) else v for v in values
+        _Like(list(v.shape), _strides(v, channels_last and i < weight), str(v.dtype))
+        if isinstance(v, Tensor)
+        else v
+        for i, v in enumerate(values)
     ]
     size = sum(torch_private.size_hint(v.numel()) * v.element_size() for v in values[:weight])
     for each in found[:weight] if size > MOST else ():
         each.shape[0] = max(torch_private.size_hint(each.shape[0]) * MOST // size, 1)
     return found
+
+
+def _strides(value: Tensor, channels_last: bool) -> list[int]:
+    """Those that the call finds: it copies what is not as it likes it, a part of a larger tensor as
+    the patches of a ViT are beside its class token, or a weight (which Inductor copies if the call
+    does not)."""
+    strides = list(value.stride())
+    is_written = 0 in strides  # what repeats elements is expanded first
+    is_map = channels_last and value.dim() == 4
+    if not is_written and not (is_map and strides[1] != 1):
+        return strides
+    layout = torch.channels_last if is_map else torch.contiguous_format
+    return list(torch.empty(value.shape, device="meta", memory_format=layout).stride())
 
 
 @cache
@@ -106,8 +123,8 @@ def _path() -> Path:
     return torch_private.cache_dir() / "fxcompress" / name
 
 
-def _measured(target: Any, arguments: list[Any], channels_last: bool) -> int:
-    given = [_zeros(a, channels_last) if isinstance(a, _Like) else a for a in arguments]
+def _measured(target: Any, arguments: list[Any]) -> int:
+    given = [_zeros(a) if isinstance(a, _Like) else a for a in arguments]
 
     def call() -> Any:
         return target(*given)
@@ -119,7 +136,6 @@ def _measured(target: Any, arguments: list[Any], channels_last: bool) -> int:
     return max(max(accumulate(events), default=0) - own, 0)
 
 
-def _zeros(like: _Like, channels_last: bool) -> Tensor:
-    made = torch.zeros(like.shape, dtype=getattr(torch, like.dtype.removeprefix("torch.")))
-    is_map = channels_last and made.dim() == 4
-    return made.contiguous(memory_format=torch.channels_last) if is_map else made
+def _zeros(like: _Like) -> Tensor:
+    dtype = getattr(torch, like.dtype.removeprefix("torch."))
+    return torch.empty_strided(like.shape, like.strides, dtype=dtype).zero_()

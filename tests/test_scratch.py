@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor import config
 
+import fxcompress
 from fxcompress import scratch, torch_private
 from fxcompress.passes.analyse import analyse
 from fxcompress.peak import timeline
@@ -60,6 +62,38 @@ def test_it_is_what_the_allocator_saw() -> None:
     assert found > 0
 
 
+class Patches(nn.Module):
+    """As a ViT has them: each image in patches, beside a token that stands for its class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut = nn.Conv2d(3, 128, 16, 16)
+        self.token = nn.Parameter(torch.randn(1, 1, 128))
+        self.places, self.mix = nn.Parameter(torch.randn(1, 17, 128)), nn.Linear(128, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.cut(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), patches], 1) + self.places
+        return (tokens + self.mix(tokens.sin())).square().mean()
+
+
+def test_it_is_what_a_step_takes() -> None:
+    """The gradient of the patches is part of a larger one, and the weight is not channels-last:
+    both are copied."""
+    model, x = Patches(), torch.randn(16, 3, 64, 64)
+    torch._dynamo.reset()
+    backend = fxcompress.backend(policy="uniform4", min_bytes=0)
+    compiled = torch.compile(model, backend=backend)
+
+    def step() -> None:
+        compiled(x).backward()
+
+    with config.patch(force_disable_caches=True):
+        step()
+    measured = measure_step(step, model.parameters()).peak_bytes
+    assert backend.plan().planned_peak_bytes == pytest.approx(measured, rel=0.01)
+
+
 def test_the_plan_knows_it() -> None:
     recording = recorded(
         nn.Conv2d(256, 256, 3, padding=1, groups=256), torch.randn(4, 256, 2, 2, requires_grad=True)
@@ -96,6 +130,7 @@ def test_of_a_large_batch_a_part_is_tried(monkeypatch: pytest.MonkeyPatch) -> No
     whole = [scratch.convolution_bytes(n, channels_last=False) for n in nodes]
     monkeypatch.setattr(scratch, "MOST", 50_000)
     for maps, node in enumerate(nodes, start=1):
-        assert all(0 < like.shape[0] < 8 for like in scratch._arguments(node, maps)[:maps])
+        given = scratch._arguments(node, maps, channels_last=False)
+        assert all(0 < like.shape[0] < 8 for like in given[:maps])
     part = [scratch.convolution_bytes(n, channels_last=False) for n in nodes]
     assert max(part) > max(whole) / 2  # it is the weight's, not the batch's
