@@ -124,12 +124,7 @@ class Backend:
                 part = Role(is_part=True, given=given)
                 return self._compile(fresh, inputs, settings, mode, patches, part)
 
-        def lets_go(planned: Planned) -> bool:
-            return self.released.get(planned.plan.key(), False)
-
-        return self.whole.add(
-            Graph(settings, planned, compiled, again, role.is_early, lets_go, frame)
-        )
+        return self.whole.add(Graph(settings, planned, compiled, again, role.is_early, frame))
 
     def _forget(self, old: Planned) -> None:
         """The graph is about to be compiled anew, by another plan."""

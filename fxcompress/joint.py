@@ -37,12 +37,10 @@ WORTH = 0.7  # of the noise: what a better plan may leave of it to be worth anot
 
 @dataclass(frozen=True)
 class Part:
-    """One of the graphs: what was decided for it, the settings it was planned with, and whether
-    anybody holds what it returned when its backward begins (see timeline)."""
+    """One of the graphs: what was decided for it, and the settings it was planned with."""
 
     planned: Planned
     settings: Settings
-    lets_go: bool = False
 
 
 def plan_together(parts: Sequence[Part]) -> list[Given | None]:
@@ -80,8 +78,8 @@ def plan_together(parts: Sequence[Part]) -> list[Given | None]:
     ]
     before = [0.0, *accumulate(sizes[:-1])]
     return [
-        None if _same(share, old) else Given(share, int(reserved), found.gap, part.lets_go)
-        for part, share, old, reserved in zip(parts, shares, now, before, strict=True)
+        None if _same(share, old) else Given(share, int(reserved), found.gap)
+        for share, old, reserved in zip(shares, now, before, strict=True)
     ]
 
 
@@ -103,7 +101,6 @@ def _program(part: Part) -> Program:
         planned.candidates,
         channels_last=planned.channels_last,
         repeats=settings.repeats,
-        lets_go=part.lets_go,
     )
     clock = clock_of(planned.cut, planned.plain.candidates, settings.time_price)
     known = settings.calibration

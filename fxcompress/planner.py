@@ -58,13 +58,11 @@ class Given:
         choices: for its candidates, whose names tell which.
         reserved: bytes that the other graphs will keep saved meanwhile.
         gap: see Solution.
-        lets_go: see timeline.
     """
 
     choices: tuple[Choice, ...]
     reserved: int
     gap: float | None
-    lets_go: bool = False
 
 
 def make_plan(
@@ -104,7 +102,7 @@ def make_plan(
             repeats=settings.repeats,
             lets_go=lets_go,
         )
-        for lets_go in (given is not None and given.lets_go, True)
+        for lets_go in (False, True)
     )
     clock = None
     if policy(settings.policy).solves:

@@ -33,7 +33,6 @@ class Graph:
         run: what was compiled.
         compile: makes it anew, from inputs, what it is given and what was decided before.
         is_early: others of the step come after it.
-        lets_go: whether its caller was seen to hold nothing that it returned.
         frame: which compile of which piece of user code it comes from.
         given: what it is to become before its next call.
     """
@@ -43,7 +42,6 @@ class Graph:
     run: Callable[..., Any]
     compile: _Compile
     is_early: bool
-    lets_go: Callable[[Planned], bool]
     frame: tuple[object, object] | None = None
     given: Given | None = None
 
@@ -99,9 +97,7 @@ class Whole:
             return
         try:
             with torch_private.outside_compile():
-                found = plan_together(
-                    [Part(g.planned, g.settings, g.lets_go(g.planned)) for g in self.graphs]
-                )
+                found = plan_together([Part(g.planned, g.settings) for g in self.graphs])
         except Exception as error:  # never the reason why a training stops
             log.warning("graphs keep the plans they have: %s", error)
             return
