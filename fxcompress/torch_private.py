@@ -549,7 +549,8 @@ def change_output_code(partitioner: type, change: Callable[[str], str]) -> None:
     from torch._inductor import config
     from torch._inductor.graph import GraphLowering
 
-    kept = getattr(GraphLowering, "_compile_to_module_lines", None)
+    lowering: Any = GraphLowering
+    kept = getattr(lowering, "_compile_to_module_lines", None)
     if kept is None:
         log.info("Inductor writes its code elsewhere: its C++ kernels are compiled one by one")
         return
@@ -559,7 +560,7 @@ def change_output_code(partitioner: type, change: Callable[[str], str]) -> None:
             code.value = change(code.value)
         return kept(self, code)
 
-    GraphLowering._compile_to_module_lines = changed
+    lowering._compile_to_module_lines = changed
 
 
 def async_compile() -> Any:
@@ -589,7 +590,7 @@ def start_cpp(source: str, statement: str, submit: Callable[..., Any] | None) ->
     from torch._inductor.codecache import CppPythonBindingsCodeCache as Cache
 
     escaped = statement.replace("{", "{{").replace("}", "}}")
-    own = type("Together", (Cache,), {"call_entry_function": escaped})
+    own: Any = type("Together", (Cache,), {"call_entry_function": escaped})
     arguments = ["int64_t", "int64_t"]
     result: Callable[[], Any] = own.load_pybinding_async(arguments, source, submit_fn=submit)
     return result

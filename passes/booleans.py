@@ -53,7 +53,8 @@ def masks_as_bytes(cut: Cut) -> None:
 
 
 def _give_stored(graph: fx.Graph, node: fx.Node) -> None:
-    given, key, codec, stream, order = node.args
+    arguments: tuple[Any, ...] = node.args
+    given, key, codec, stream, order = arguments
     if _on_cpu(given):
         numbers = call(graph, _CONVERT, given, torch.float32)
         given = call(graph, _CONVERT, numbers, torch.uint8)

@@ -47,9 +47,10 @@ class Groups:
 
     def rows(self, which: Tensor) -> Groups:
         """Some of the rows."""
-        names = ("mean", "low", "high", "energy", "weight", "first", "second")
-        some = {name: getattr(self, name).index_select(0, which) for name in names}
-        return Groups(self.size, **some, alone=self.alone)
+        sums = (self.energy, self.weight, self.first, self.second)
+        some = (t.index_select(0, which) for t in (self.mean, self.low, self.high, *sums))
+        mean, low, high, energy, weight, first, second = some
+        return Groups(self.size, mean, low, high, energy, weight, first, second, self.alone)
 
     def joined(self, count: int) -> Groups:
         """Each `count` of a row as one."""
@@ -87,7 +88,9 @@ def groups(x: Tensor, w: Tensor, *, alone: bool = True) -> Groups:
     sizes = [float(SIZE)] * (whole // SIZE) + [float(n - whole)] * (n > whole)
     found = torch.cat(parts, 2)
     found = torch.where(found.isfinite().all(0), found, 0.0)  # decodes to NaN: no noise to price
-    return Groups(x.new_tensor(sizes, dtype=torch.float32), *found, alone=alone)
+    mean, low, high, energy, weight, first, second = found
+    size = x.new_tensor(sizes, dtype=torch.float32)
+    return Groups(size, mean, low, high, energy, weight, first, second, alone)
 
 
 def _sums(x: Tensor, w: Tensor) -> Tensor:
