@@ -31,7 +31,7 @@ def factory(tmp_path: Path) -> str:
 def test_pareto(factory: str, tmp_path: Path, capsys):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "curve.svg"
-    arguments = ["pareto", factory, "--batch", "256", "--points", "4"]
+    arguments = ["pareto", factory, "--batch", "2048", "--points", "4"]
     chosen = ["--policies", "lossless,uniform8,uniform4", "--format", "json", "-o", str(plot)]
     assert cli.main([*arguments, *chosen]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
