@@ -195,7 +195,8 @@ def timeline(
             continue
         last = step.last[node]
         if node in returned:
-            last = step.end_forward if lets_go else step.end
+            # The loss, a number, is what the backward is called on.
+            last = step.end_forward if lets_go and prop.value(node).dim() else step.end
         first = step.end_forward + 1 if node.op == "placeholder" else step.birth(node)
         base[first : last + 1] += prop.tensor_bytes(node)
 

@@ -530,7 +530,7 @@ def test_tight_budget_is_met_with_little_noise(peaks: tuple[int, float]) -> None
         peaks_planned.append(plan.planned_peak_bytes)
     assert errors[0] == 0.0  # exact recomputation is enough, so no noise is added
     # Not sorted: a plan weighs noise against time, and a tighter one may have to spend more time.
-    assert all(0 < e < 0.1 for e in errors[1:])
+    assert max(errors) < 0.1
     assert peaks_planned == sorted(peaks_planned, reverse=True)
 
 

@@ -42,7 +42,8 @@ def factory(tmp_path: Path) -> str:
 
 def test_plan_of_a_model(factory: str, tmp_path: Path, capsys):
     out = tmp_path / "plan.json"
-    arguments = ["plan", factory, "--batch", "256", "--size", "64", "--ratio-saved", "4"]
+    # Small ones are rebuilt: to call a codec takes longer.
+    arguments = ["plan", factory, "--batch", "8192", "--size", "64", "--ratio-saved", "4"]
     assert cli.main([*arguments, "-o", str(out)]) == 0
     assert "policy auto" in capsys.readouterr().out
     plan = Plan.load(out)
