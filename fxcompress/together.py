@@ -21,6 +21,7 @@ from fxcompress import torch_private
 
 log = logging.getLogger("fxcompress")
 
+MOST = 48  # kernels a file, for GCC's memory
 _ASKS = "async_compile = AsyncCompile()"
 _ASKS_US = "from fxcompress.together import Together; async_compile = Together()"
 _SIGNATURE = re.compile(r'extern "C"\s+void\s+kernel\(')
@@ -90,9 +91,10 @@ def _call(call: Callable[[int, tuple[Any, ...]], None], number: int, *arguments:
     call(number, arguments)
 
 
-def in_files(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]]:
-    """Kernels in so many files at most, of about equal length."""
-    files: list[list[Kernel]] = [[] for _ in range(min(count, len(kernels)))]
+def in_files(kernels: Sequence[Kernel], threads: int) -> list[list[Kernel]]:
+    """Kernels in files of about equal length: one a thread, or more where there are many."""
+    count = min(max(threads, -(-len(kernels) // MOST)), len(kernels))
+    files: list[list[Kernel]] = [[] for _ in range(count)]
     for kernel in sorted(kernels, key=lambda k: (-len(k.source), k.source)):
         min(files, key=lambda file: sum(len(k.source) for k in file)).append(kernel)
     return files

@@ -58,7 +58,7 @@ def _give_stored(graph: fx.Graph, node: fx.Node) -> None:
     if _on_cpu(given):
         numbers = call(graph, _CONVERT, given, torch.float32)
         given = call(graph, _CONVERT, numbers, torch.uint8)
-    if order != sorted(order):
+    if order != sorted(order) and not prop.has_symbols(given):
         given = torch_private.laid_out_as(graph, given, _strides(prop.value(given).shape, order))
     node.args = (given, key, codec, stream, order)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from test_graphs import Recorder, record
 from torch import Tensor, fx, nn
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+import fxcompress
 from fxcompress import rng
 from fxcompress.passes.booleans import masks_as_bytes
 
@@ -93,3 +96,24 @@ def test_a_mask_that_is_in_memory_anyway_stays_boolean(is_called: bool) -> None:
     assert all((k.meta["val"].dtype == torch.bool) is is_called for k in kinds)
     assert torch.equal(graphs[0](mask), given)
     assert torch.equal(graphs[1](given, x), expected)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_mask_lies_in_memory_as_its_feature_map(dynamic: bool) -> None:
+    """Where sizes are known; else it is left to Inductor, and the gradients are the same."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    x, backend = torch.randn(8, 3, 20, 20), fxcompress.backend(policy="lossless", min_bytes=0)
+    compiled = torch.compile(body, backend=backend, dynamic=dynamic)
+
+    def gradients(model: nn.Module) -> list[Tensor]:
+        return list(torch.autograd.grad(model(x).sin().sum(), list(body.parameters())))
+
+    found, codes = run_and_get_code(gradients, compiled)
+    for a, b in zip(found, gradients(body), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    if not dynamic:
+        pattern = r"empty_strided_cpu\(\(8, 16, \d+, \d+\), \(\d+, (\d+), \d+, \d+\), torch.uint8\)"
+        strides = re.findall(pattern, codes[0])
+        assert strides
+        assert set(strides) == {"1"}

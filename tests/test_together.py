@@ -47,6 +47,8 @@ def test_files_are_about_equally_long_and_always_the_same() -> None:
     assert sorted(k.source for file in files for k in file) == sorted(k.source for k in kernels)
     assert in_files(kernels[::-1], 3) == files  # their names on disk follow from the content
     assert len(in_files(kernels[:2], 8)) == 2
+    many = [kernel(f"out[i] = {n} * in[i];") for n in range(2 * together.MOST + 1)]
+    assert [len(file) for file in in_files(many, 2)] == [33, 32, 32]
 
 
 def gradients(model: nn.Module, x: Tensor, backend: Any) -> list[Tensor]:
