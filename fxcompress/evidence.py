@@ -102,11 +102,17 @@ class Calibration:
         )
         return replace(self, graphs=tuple(graphs))
 
-    def to_json(self) -> str:
-        """All of it as text, the states that transform codecs name included.
+    def to_json(self, *, whole: bool = True) -> str:
+        """All of it as text.
 
         A state that was renewed (states.py) is written under the name of what it holds now.
+
+        Args:
+            whole: with the states that transform codecs name, which a machine keeps by themselves
+                as well: of a large model, a thousand files.
         """
+        if not whole:
+            return json.dumps({"format": FORMAT, **asdict(self), "states": {}})
         names = {n: states.current_name(n) for n in self._states()}
         held = {now: base64.b64encode(states.dump(n)).decode() for n, now in names.items()}
         text = json.dumps({"format": FORMAT, **asdict(self), "states": held})
@@ -115,6 +121,11 @@ class Calibration:
         if not renewed:
             return text
         return re.sub("|".join(renewed), lambda found: renewed[found[0]], text)
+
+    @property
+    def is_at_hand(self) -> bool:
+        """The states it names are kept on this machine, or in memory."""
+        return all(map(states.is_kept, self._states()))
 
     def _states(self) -> list[str]:
         specs = {s for g in self.graphs for t in g.tensors.values() for s in t.transforms.values()}

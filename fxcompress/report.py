@@ -112,16 +112,17 @@ def _is_readable(key: str) -> bool:
 
 def remember_calibration(graph: str, calibration: Calibration) -> None:
     """Keep what the first batch told about a graph, for later compiles of the same graph."""
-    files.keep(_path(f"calibration-{graph}"), calibration.to_json())
+    files.keep(_path(f"calibration-{graph}"), calibration.to_json(whole=False))
 
 
 def recall_calibration(graph: str) -> Calibration | None:
     """What an earlier compile of the graph measured; None if there was none."""
     path = _path(f"calibration-{graph}")
     try:
-        return Calibration.load(path) if path.is_file() else None
+        found = Calibration.load(path) if path.is_file() else None
     except (FxCompressError, OSError):
         return None  # of another version, or damaged: measure again
+    return found if found is None or found.is_at_hand else None
 
 
 def executed() -> list[str]:

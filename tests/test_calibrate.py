@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress import Calibration, calibrate, rng
+from fxcompress import Calibration, calibrate, report, rng
 from fxcompress.calibrate import evidence_of
 from fxcompress.choose import codable_choice, exact_choice, is_codable
 from fxcompress.codecs import codec, states
 from fxcompress.errors import FxCompressError
-from fxcompress.evidence import TensorEvidence, signature
+from fxcompress.evidence import GraphEvidence, Price, TensorEvidence, signature
+from fxcompress.fit import at_rate, fit
 from fxcompress.ladder import specs
 from fxcompress.passes.analyse import analyse
 from fxcompress.passes.rewrite import rewrite
@@ -469,3 +470,25 @@ def test_a_budget_without_room_to_calibrate_is_found_out_once(
         assert not backend.plan().calibrated
     assert "leaves no room to calibrate" in messages[0]
     assert "leaves no room to calibrate" not in messages[1]
+
+
+def test_a_kept_calibration_is_of_use_while_its_states_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names them, and a whole one, for another machine, holds them."""
+    monkeypatch.setattr(states, "_path", lambda name: tmp_path / f"state-{name}.npz")
+    monkeypatch.setattr(report, "_path", lambda name: tmp_path / f"{name}.json")
+    x = torch.randn(256, 32)
+    fitted = at_rate(fit(x, [torch.randn_like(x)], -1), 1.0)
+    evidence = TensorEvidence({fitted.spec: Price(0.1)}, {1.0: fitted.spec})
+    made = Calibration((GraphEvidence("graph", {"x": evidence}),))
+    report.remember_calibration("g", made)
+    for name in (fitted.basis, fitted.rates):
+        states._states.pop(name)  # as in a later process
+    assert report.recall_calibration("g") == made
+    whole = made.to_json()
+    (tmp_path / f"state-{fitted.basis}.npz").unlink()
+    states._states.pop(fitted.basis)
+    assert report.recall_calibration("g") is None
+    assert Calibration.from_json(whole) == made
+    assert report.recall_calibration("g") == made

@@ -93,6 +93,11 @@ def arrays(name: str) -> Arrays:
     return _states[name]
 
 
+def is_kept(name: str) -> bool:
+    """:func:`arrays` has it in memory or will look into a file."""
+    return name in _states or _path(name).is_file()
+
+
 def get(name: str, device: torch.device) -> dict[str, Tensor]:
     """The newest arrays of that name as tensors on a device. Raises as :func:`arrays`."""
     ring = _rings.get((name, device))
