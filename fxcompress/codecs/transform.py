@@ -217,8 +217,7 @@ class Transform(Codec):
 
     def effect_on(self, bands: Seen) -> tuple[float, float]:
         """`effect` on these coefficients."""
-        state, variance = states.get(self.basis, bands.energies.device), 0.0
-        order = self._numbers(bands.energies, state).argsort(descending=True, stable=True)
+        variance, order = 0.0, self._order(bands.energies)
         for _, codec, count in self._classes():
             noise = codec.noise(bands.groups.rows(order[:count]))
             assert noise is not None
@@ -227,11 +226,15 @@ class Transform(Codec):
 
     def _coded(self, z: Tensor) -> Iterator[tuple[Codec, Tensor]]:
         """(codec, bands) of each rate that these coefficients would be coded at."""
-        state = states.get(self.basis, z.device)
-        order = self._numbers(_energies(z), state).argsort(descending=True, stable=True)
+        order = self._order(_energies(z))
         for _, codec, count in self._classes():
             yield codec, order[:count]
             order = order[count:]
+
+    def _order(self, energies: Tensor) -> Tensor:
+        """The bands, from the highest rate, in the newest basis."""
+        state = states.get(self.basis, energies.device)
+        return self._numbers(energies, state).argsort(descending=True, stable=True)
 
     def _numbers(self, energies: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """The rate of each band, uint8: the highest where energy times weight now is largest."""

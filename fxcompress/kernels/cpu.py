@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -246,7 +247,7 @@ def transform_analyse(x: Tensor, mean: Tensor, analysis: Tensor, place: Place, z
 
     Returns the sums of their squares by tiles of positions, fp32[tiles, bands].
     """
-    tiles = -(-place.positions // _library().fxc_transform_tile())  # type: ignore[union-attr]
+    tiles = -(-place.positions // _function("fxc_transform_tile")())
     energies = torch.empty(tiles, place.bands)
     given = (mean.data_ptr(), analysis.data_ptr(), _place(place), energies.data_ptr())
     _run("fxc_transform_analyse", x, x.data_ptr(), z.data_ptr(), *given, _FLOATS[x.dtype])
@@ -266,18 +267,14 @@ def transform_rank(energies: Tensor, weight: Tensor, ranked: Tensor, numbers: Te
     order = torch.empty(len(ranked), dtype=torch.int64)
     given = (energies, weight, ranked, numbers, order)
     energies_at, *others = (tensor.data_ptr() for tensor in given)
-    library = _library()
-    assert library is not None
-    library.fxc_transform_rank(energies_at, *energies.shape, *others)
+    _function("fxc_transform_rank")(energies_at, *energies.shape, *others)
     return order
 
 
 def transform_rows(numbers: Tensor, bands: int) -> Tensor:
     """int64[bands]: where each band stands in the order that `transform_rank` gave."""
     rows = torch.empty(bands, dtype=torch.int64)
-    library = _library()
-    assert library is not None
-    library.fxc_transform_rows(numbers.data_ptr(), bands, rows.data_ptr())
+    _function("fxc_transform_rows")(numbers.data_ptr(), bands, rows.data_ptr())
     return rows
 
 
@@ -323,7 +320,12 @@ def _call(name: str, x: Tensor, source: Tensor, target: Tensor, *arguments: obje
     _run(name, x, source.data_ptr(), target.data_ptr(), x.numel(), *arguments)
 
 
+def _function(name: str) -> Any:
+    """Of the library, where there is one: codecs ask `available` before."""
+    return getattr(_library(), name)
+
+
 def _run(name: str, x: Tensor, *arguments: object) -> None:
     threads = torch.get_num_threads() if x.numel() >= _PARALLEL else 1
-    if not getattr(_library(), name)(*arguments, threads):
+    if not _function(name)(*arguments, threads):
         raise AssertionError(f"{name} has no kernel for {arguments}")  # codecs check before
