@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from fxcompress import report, rng, torch_private
+from fxcompress import report, rng, shares, torch_private
 from fxcompress.automatic import automatic, record_part
 from fxcompress.errors import FxCompressError
+from fxcompress.evidence import Calibration
 from fxcompress.pipeline import Partitioner, Planned, Role, may_be_tried, shares_a_budget
 from fxcompress.plan import Plan, merge
 from fxcompress.planner import Given
@@ -20,6 +21,7 @@ from fxcompress.policies import policy
 from fxcompress.replan import Replanner
 from fxcompress.returned import when_backward_begins
 from fxcompress.settings import Settings, make, split_options, update
+from fxcompress.shares import Share
 from fxcompress.whole import Graph, Whole
 
 log = logging.getLogger("fxcompress")
@@ -34,6 +36,7 @@ class Backend:
         self.settings = settings
         self.partitioner = Partitioner(settings)
         self.whole = Whole()
+        self.shares: dict[str, Share] = {}  # by name of a graph that was planned with others before
         self.plans: dict[str, None] = {}
         self.released: dict[str, bool] = {}  # by plan: its caller let go of what was returned
         self.__name__ = "fxcompress"
@@ -64,9 +67,17 @@ class Backend:
         again_wanted = settings.replan_every is not None and all(
             isinstance(x, torch.Tensor) for x in inputs
         )
-        role = self._role(module, inputs, settings)
-        if role.is_part:
-            return self._compile_part(module, inputs, settings, mode, patches, role)
+        if self._shares_a_budget(inputs, settings):
+            name = report.graph_key(module, inputs, _place(settings))
+            if (share := self._share(name)) is not None:
+                given, calibration = share
+                settings = replace(settings, calibration=calibration)
+                role = Role(given=given)
+                return self._compile(module, inputs, settings, mode, patches, role)[0]
+            is_early = torch_private.ends_in_break(module)
+            if is_early or self.whole.graphs:
+                role = Role(is_part=True, is_early=is_early)
+                return self._compile_part(module, inputs, settings, mode, patches, role, name)
         kept = torch_private.copy_dynamo_graph(module) if again_wanted else module
         compiled, planned = self._compile(module, inputs, settings, mode, patches)
         if planned is None or not again_wanted:
@@ -85,18 +96,30 @@ class Backend:
             compiled, Replanner(kept, self.partitioner.settings_in_force, planned, again)
         )
 
-    def _role(
-        self, module: torch.fx.GraphModule, inputs: Sequence[Any], settings: Settings
-    ) -> Role:
-        """Does the graph share a budget that the graphs' plans can be made for together?"""
+    def _shares_a_budget(self, inputs: Sequence[Any], settings: Settings) -> bool:
+        """Are the plans of the model's graphs, if it has several, to be made together?"""
         if not (shares_a_budget(settings) and torch.is_grad_enabled()):
-            return Role()
+            return False
         if torch_private.job_store() is not None:  # ranks that plan anew would have to agree again
-            return Role()
-        if not all(isinstance(x, torch.Tensor) for x in inputs):
-            return Role()
-        is_early = torch_private.ends_in_break(module)
-        return Role(is_part=is_early or bool(self.whole.graphs), is_early=is_early)
+            return False
+        return all(isinstance(x, torch.Tensor) for x in inputs)
+
+    def _share(self, name: str) -> tuple[Given, Calibration | None] | None:
+        """What an earlier process gave this graph, when it planned a model's graphs together.
+
+        One that it had not among them, before all of them were seen, is of another model.
+        """
+        found = shares.recall(name)
+        if found is not None:
+            self.shares[name] = found[0]
+            return found[0].given, found[1]
+        strangers = [s for s in self.shares.values() if not self.shares.keys() >= set(s.graphs)]
+        if strangers:
+            log.warning("graphs of this model were planned among others; a later run plans anew")
+            for share in strangers:
+                shares.forget(share)
+            self.shares.clear()
+        return None
 
     def _compile_part(
         self,
@@ -106,6 +129,7 @@ class Backend:
         mode: str | None,
         patches: dict[str, Any],
         role: Role,
+        name: str,
     ) -> Callable[..., Any]:
         """Compile one of several graphs that share the budget."""
         frame, context = torch_private.compile_id(), torch_private.compile_under_way()
@@ -124,7 +148,7 @@ class Backend:
                 part = Role(is_part=True, given=given)
                 return self._compile(fresh, inputs, settings, mode, patches, part)
 
-        return self.whole.add(Graph(settings, planned, compiled, again, role.is_early, frame))
+        return self.whole.add(Graph(settings, planned, compiled, again, role.is_early, name, frame))
 
     def _forget(self, old: Planned) -> None:
         """The graph is about to be compiled anew, by another plan."""
@@ -150,9 +174,9 @@ class Backend:
             settings = replace(settings, calibration=calibration)
         if settings != self.partitioner.settings:
             self.partitioner = Partitioner(settings, ledger)
-        graph = report.graph_key(module, inputs, self.partitioner.key())
         self.partitioner.plans.clear()
         self.partitioner.planned, self.partitioner.role = None, role
+        graph = report.graph_key(module, inputs, self.partitioner.key())
         self.partitioner.calibration = None
         if is_tried:
             self.partitioner.recorded = lambda: step or record_part(kept, inputs, settings)
@@ -246,8 +270,14 @@ class Backend:
         """Forget what was compiled (``torch._dynamo.reset`` calls this)."""
         self.partitioner = Partitioner(self.settings)
         self.whole = Whole()
+        self.shares.clear()
         self.plans.clear()
         self.released.clear()
+
+
+def _place(settings: Settings) -> str:
+    """What a share depends on beside its graph."""
+    return f"share|{torch.__version__}|{Partitioner(settings).key()}"
 
 
 def _replanned(compiled: Callable[..., Any], replanner: Replanner) -> Callable[..., Any]:

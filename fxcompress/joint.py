@@ -25,7 +25,7 @@ from fxcompress.evidence import signature
 from fxcompress.passes.rewrite import KEEP, Choice, hoisted_nodes
 from fxcompress.peak import timeline
 from fxcompress.pipeline import Planned
-from fxcompress.planner import Given, weighed
+from fxcompress.planner import Given, chosen, weighed
 from fxcompress.program import Array, Product, Program, Rebuilt, build
 from fxcompress.settings import Settings
 from fxcompress.solve import least_noise
@@ -43,13 +43,15 @@ class Part:
     settings: Settings
 
 
-def plan_together(parts: Sequence[Part]) -> list[Given | None]:
-    """For each graph what the best plan for all of them has for it; None: nothing to change.
+def plan_together(parts: Sequence[Part]) -> list[Given]:
+    """For each graph what the best plan for all of them has for it; what it does now if that is
+    about as good.
 
     Args:
         parts: in the order in which a step runs them.
     """
-    unchanged: list[Given | None] = [None] * len(parts)
+    now = [_choices(p.planned) for p in parts]
+    unchanged = _given(parts, now, [p.planned.plan.saved_bytes for p in parts])
     budget, plain = _budget(parts), _plain_peak(parts)
     margin = MARGIN if parts[0].settings.ratio is None else 1.0  # a share of this very figure
     if all(p.planned.decision is None for p in parts) and plain * margin <= budget:
@@ -59,7 +61,6 @@ def plan_together(parts: Sequence[Part]) -> list[Given | None]:
     if found is None:
         log.info("no better plan for %d graphs together than one by one", len(parts))
         return unchanged
-    now = [_choices(p.planned) for p in parts]
     noise = sum(
         float(program.noise @ _taken(program, choices))
         for program, choices in zip(programs, now, strict=True)
@@ -73,13 +74,30 @@ def plan_together(parts: Sequence[Part]) -> list[Given | None]:
     starts = [0, *ends[:-1]]
     shares = [found.choices[a:b] for a, b in zip(starts, ends, strict=True)]
     sizes = [
-        float(program.sizes @ _taken(program, share))
+        int(program.sizes @ _taken(program, share))
         for program, share in zip(programs, shares, strict=True)
     ]
-    before = [0.0, *accumulate(sizes[:-1])]
+    return _given(parts, shares, sizes, found.gap)
+
+
+def changes(planned: Planned, given: Given) -> bool:
+    """The graph is to do something else than it does."""
+    now, then = chosen(_choices(planned)), given.choices
+    return any(now[name].representation != then[name].representation for name in now)
+
+
+def _given(
+    parts: Sequence[Part],
+    shares: Sequence[Sequence[Choice]],
+    sizes: Sequence[int],
+    gap: float | None = None,
+) -> list[Given]:
+    """Each graph's share, beside what those before it keep saved: ``sizes`` bytes."""
+    plain = [p.planned.plain.saved_bytes for p in parts]
+    before, before_plain = ([0, *accumulate(some[:-1])] for some in (sizes, plain))
     return [
-        None if _same(share, old) else Given(share, int(reserved), found.gap)
-        for share, old, reserved in zip(shares, now, before, strict=True)
+        Given(chosen(share), held, held_plain, gap)
+        for share, held, held_plain in zip(shares, before, before_plain, strict=True)
     ]
 
 
@@ -88,10 +106,6 @@ def _choices(planned: Planned) -> tuple[Choice, ...]:
     if planned.decision is not None:
         return planned.decision.choices
     return tuple(Choice(c, KEEP) for c in planned.candidates)
-
-
-def _same(a: Sequence[Choice], b: Sequence[Choice]) -> bool:
-    return [c.representation for c in a] == [c.representation for c in b]
 
 
 def _program(part: Part) -> Program:
@@ -128,9 +142,9 @@ def _budget(parts: Sequence[Part]) -> float:
 def _taken(program: Program, choices: Sequence[Choice]) -> Array:
     """The columns of these choices, and of the masks that they need."""
     taken = np.zeros(len(program.sizes))
-    chosen = {(c.candidate.name, c.representation) for c in choices}
+    named = {(c.candidate.name, c.representation) for c in choices}
     for i, option in enumerate(program.options):
-        taken[i] = (option.choice.candidate.name, option.choice.representation) in chosen
+        taken[i] = (option.choice.candidate.name, option.choice.representation) in named
     needed = hoisted_nodes(choices)
     for j, mask in enumerate(program.masks, len(program.options)):
         taken[j] = mask in needed

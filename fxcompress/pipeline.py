@@ -78,7 +78,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
 
         None, and nothing is cached, where plans are to be made again: that takes the graphs.
         """
-        return None if self.plans_again else self.key()
+        return None if self.plans_again and self.role.given is None else self.key()
 
     @property
     def plans_again(self) -> bool:
@@ -94,9 +94,12 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
 
     def key(self) -> str:
         """A plan follows from the joint graph and from these."""
-        return "|".join(
-            ("fxcompress", __version__, _SOURCES, self.settings.key(), self.ledger.key())
-        )
+        if (given := self.role.given) is not None:
+            # Made already: measurements, and other graphs, had their say.
+            parts = (replace(self.settings, calibration=None).key(), given.key())
+        else:
+            parts = (self.settings.key(), self.ledger.key())
+        return "|".join(("fxcompress", __version__, _SOURCES, *parts))
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -311,7 +314,7 @@ def plan_graph(
     channels_last = lays_out and torch_private.prefers_channels_last(cut.forward)
     cut = rebase(cut)
     if role.given is not None:
-        reserved = role.given.reserved
+        reserved, reserved_plain = role.given.reserved, role.given.reserved_plain
     others = (reserved, reserved_plain)
     plain = baseline(
         cut, settings.min_bytes, *others, channels_last=channels_last, repeats=settings.repeats

@@ -8,10 +8,12 @@ is guessed (fxcompress/ladder.py).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from torch import fx
 
@@ -51,18 +53,54 @@ MOMENTS = 400  # of the timeline that a plan carries
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """A Choice without its candidate and what lowers it; see there."""
+
+    representation: str
+    reason: str = ""
+    host: bool = False
+    exact_masks: bool = True
+
+
+@dataclass(frozen=True)
 class Given:
     """What a graph is to become, decided for all graphs of a model together (see joint.py).
 
     Attributes:
-        choices: for its candidates, whose names tell which.
-        reserved: bytes that the other graphs will keep saved meanwhile.
+        choices: by the name of its saved tensors.
+        reserved, reserved_plain: bytes that other graphs will keep saved meanwhile, and would if
+            all were left to plain Inductor.
         gap: see Solution.
     """
 
-    choices: tuple[Choice, ...]
+    choices: Mapping[str, Chosen]
     reserved: int
-    gap: float | None
+    reserved_plain: int = 0
+    gap: float | None = None
+
+    def of(self, candidates: Sequence[Candidate]) -> tuple[Choice, ...]:
+        """The choices for these candidates.
+
+        Raises:
+            SettingsError: they were made for other tensors, under circumstances that no key tells.
+        """
+        if self.choices.keys() != {c.name for c in candidates}:
+            raise SettingsError(
+                "what was kept of this graph's plan is of another graph: remove share-*.json from "
+                "the folder fxcompress in Inductor's cache (TORCHINDUCTOR_CACHE_DIR)"
+            )
+        return tuple(Choice(c, **vars(self.choices[c.name])) for c in candidates)
+
+    def key(self) -> str:
+        """Content hash: part of the key of a graph that is compiled by it."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:24]
+
+
+def chosen(choices: Sequence[Choice]) -> dict[str, Chosen]:
+    """What is kept of these choices in a Given."""
+    return {
+        c.candidate.name: Chosen(c.representation, c.reason, c.host, c.exact_masks) for c in choices
+    }
 
 
 def make_plan(
@@ -109,9 +147,7 @@ def make_plan(
         clock = clock_of(cut, plain.candidates, settings.time_price)
     ladders, fixed = weighed(candidates, plain, settings, evidence, clock)
     if given is not None:
-        of = {c.candidate.name: c for c in given.choices}
-        chosen = tuple(replace(of[c.name], candidate=c) for c in candidates)
-        solved: Solution | None = Solution(chosen, given.gap, 0.0)
+        solved: Solution | None = Solution(given.of(candidates), given.gap, 0.0)
     else:
         solved = _solved(ladders, plain, settings, memory, reserved, evidence, is_early=is_early)
     if solved is None:

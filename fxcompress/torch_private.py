@@ -736,6 +736,19 @@ def inductor_patched(patches: dict[str, Any]) -> AbstractContextManager[None]:
     return config.patch(patches)  # type: ignore[return-value]
 
 
+def inductor_of_its_own() -> Callable[..., Any]:
+    """A backend: plain Inductor, that shares nothing with another one's compiles.
+
+    Of ``backend="inductor"``, Dynamo takes what it compiled for one model for another of the same
+    class: there would be no second compile to time.
+    """
+
+    def backend(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_with_inductor(module, inputs, None, {})
+
+    return backend
+
+
 def inductor_with_memory_budget(share: float) -> Callable[..., Any]:
     """A backend: plain Inductor, whose own partitioner keeps this share of the activations.
 

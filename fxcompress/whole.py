@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fxcompress import torch_private
-from fxcompress.joint import Part, plan_together
+from fxcompress import shares, torch_private
+from fxcompress.evidence import Calibration, signature
+from fxcompress.joint import Part, changes, plan_together
 from fxcompress.pipeline import Planned
 from fxcompress.planner import Given
 from fxcompress.settings import Settings
@@ -33,6 +34,7 @@ class Graph:
         run: what was compiled.
         compile: makes it anew, from inputs, what it is given and what was decided before.
         is_early: others of the step come after it.
+        name: it is kept under for later processes (fxcompress/shares.py).
         frame: which compile of which piece of user code it comes from.
         given: what it is to become before its next call.
     """
@@ -42,6 +44,7 @@ class Graph:
     run: Callable[..., Any]
     compile: _Compile
     is_early: bool
+    name: str
     frame: tuple[object, object] | None = None
     given: Given | None = None
 
@@ -89,8 +92,10 @@ class Whole:
         except Exception as error:
             log.warning("a graph keeps the plan it has: %s", error)
             return
-        if planned is not None:
-            graph.run, graph.planned = run, planned
+        if planned is None:
+            log.warning("a graph keeps the plan it has: it was refused another one")
+            return
+        graph.run, graph.planned = run, planned
 
     def _settle(self) -> None:
         if len(self.graphs) < 2:
@@ -102,7 +107,10 @@ class Whole:
             log.warning("graphs keep the plans they have: %s", error)
             return
         for graph, given in zip(self.graphs, found, strict=True):
-            graph.given = given
+            graph.given = given if changes(graph.planned, given) else None
+        named = {g.name: (given, _measured(g)) for g, given in zip(self.graphs, found, strict=True)}
+        if len(named) == len(self.graphs):  # else one name would stand for two
+            shares.remember(named)
 
 
 def _is_replaced(old: Graph, new: Graph) -> bool:
@@ -110,3 +118,12 @@ def _is_replaced(old: Graph, new: Graph) -> bool:
     if old.frame is None or new.frame is None:
         return False
     return old.frame[0] == new.frame[0] and old.frame[1] != new.frame[1]
+
+
+def _measured(graph: Graph) -> Calibration | None:
+    """What is known of this graph alone."""
+    known = graph.settings.calibration
+    if known is None:
+        return None
+    own = signature(graph.planned.cut)
+    return replace(known, graphs=tuple(g for g in known.graphs if g.signature == own))

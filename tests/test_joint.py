@@ -9,15 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxcompress.joint import Part, merged, plan_together
+import fxcompress
+from fxcompress import torch_private
+from fxcompress.joint import Part, changes, merged, plan_together
 from fxcompress.ladder import ladder
 from fxcompress.pareto import trace
 from fxcompress.peak import timeline
 from fxcompress.pipeline import Role, plan_graph
+from fxcompress.plan import Plan
 from fxcompress.program import Program, build
 from fxcompress.settings import make
 
 ROWS = 1024
+BUDGET_MB = 1.0
 
 
 class Thirds(nn.Module):
@@ -76,4 +80,63 @@ def test_an_ample_budget_changes_nothing() -> None:
         for cut in cuts
     ]
     assert all(part.planned.decision is None for part in parts)
-    assert plan_together(parts) == [None] * len(parts)
+    found = plan_together(parts)
+    assert not any(changes(p.planned, given) for p, given in zip(parts, found, strict=True))
+
+
+# --- what later processes know of it --------------------------------------------------------------
+
+
+def planned_at_each_step(model: nn.Module, budget_mb: float, steps: int) -> list[Plan]:
+    """The plans in force after each of these steps of a model that is compiled anew."""
+    torch._dynamo.reset()
+    backend = fxcompress.backend(budget_mb, inner="aot_eager")
+    compiled, found = torch.compile(model, backend=backend), []
+    for _ in range(steps):
+        compiled(torch.ones(ROWS, 32)).backward()
+        found.append(backend.plan())
+    return found
+
+
+def rows(plan: Plan) -> list[tuple[str, str]]:
+    return [(t.name, t.representation) for t in plan.tensors]
+
+
+def kinds(plan: Plan) -> list[tuple[str, str]]:
+    """Without the parameters of codecs, which hang on what was drawn to measure."""
+    return [(name, representation.partition("(")[0]) for name, representation in rows(plan)]
+
+
+class Squares(Thirds):
+    """Its last graph is another one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = self.parts
+        x = first(x)
+        torch._dynamo.graph_break()
+        x = second(x)
+        torch._dynamo.graph_break()
+        return third(x).square().sum()
+
+
+def test_a_later_process_begins_with_what_was_planned_together() -> None:
+    with torch_private.fresh_compile_caches():
+        first, _, last = planned_at_each_step(Thirds(), BUDGET_MB, 3)
+        assert rows(first) != rows(last), "nothing was planned together"
+        again, later = planned_at_each_step(Thirds(), BUDGET_MB, 2)
+        assert rows(again) == rows(later) == rows(last)
+        assert again.planned_peak_bytes == last.planned_peak_bytes
+        assert again.predicted_variance == pytest.approx(last.predicted_variance)
+
+
+def test_a_graph_among_others_is_planned_anew() -> None:
+    """The budget holds at once; the next process finds the best plan for the graphs it has."""
+    with torch_private.fresh_compile_caches():
+        planned_at_each_step(Thirds(), BUDGET_MB, 3)
+        (among_others,) = planned_at_each_step(Squares(), BUDGET_MB, 1)
+        assert among_others.planned_peak_bytes <= BUDGET_MB * 1e6
+        anew = planned_at_each_step(Squares(), BUDGET_MB, 3)
+    with torch_private.fresh_compile_caches():
+        expected = planned_at_each_step(Squares(), BUDGET_MB, 3)
+    assert [kinds(p) for p in anew] == [kinds(p) for p in expected]
+    assert kinds(anew[0]) != kinds(anew[-1])
