@@ -39,7 +39,7 @@ from fxcompress.program import TIME_PRICE
 
 log = logging.getLogger("fxcompress")
 
-FORMAT = 6
+FORMAT = 7
 LARGEST_FILE = 1 << 20
 # Each saved byte is written, read again in the backward, and has a gradient that is written and
 # read, and as much again is moved on the way: an estimate for what no matrix product counts.

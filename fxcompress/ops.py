@@ -76,7 +76,7 @@ def encode(x: Tensor, key: Tensor | None, codec: str, stream: int, order: Sequen
     order: the dimensions of x from slowest to fastest in memory, as (0, 2, 3, 1) for channels-last.
     The payload holds the elements in that order. Where x is not laid out so, it is copied first.
     """
-    return parse(codec).encode(x.permute(list(order)).contiguous(), key, stream)
+    return parse(codec).encode(_stored(x, order), key, stream)
 
 
 def decode(
@@ -90,7 +90,7 @@ def decode(
 ) -> Tensor:
     """The tensor of a payload: `shape` as x had it, its memory dense in `order`."""
     stored = [shape[dim] for dim in order]
-    return parse(codec).decode(payload, stored, dtype, key, stream).permute(_inverse(order))
+    return _unstored(parse(codec).decode(payload, stored, dtype, key, stream), order)
 
 
 def encode_filled(
@@ -100,8 +100,7 @@ def encode_filled(
 
     fill: 0-dim, of x's dtype. The rest, and in which order payloads hold the elements: as `encode`.
     """
-    stored = x.permute(list(order)).contiguous()
-    return fused.encode_filled(parse(codec), stored, fill, key, stream)
+    return fused.encode_filled(parse(codec), _stored(x, order), fill, key, stream)
 
 
 def encode_standardised(
@@ -134,7 +133,7 @@ def decode_filled(
     """What `decode` gives, and 0 where the mask that `encode_filled` gave is set."""
     stored = [shape[dim] for dim in order]
     decoded = fused.decode_filled(parse(codec), payload, mask, stored, dtype, key, stream)
-    return decoded.permute(_inverse(order))
+    return _unstored(decoded, order)
 
 
 def next_key(plan: str, device: torch.device) -> Tensor:
@@ -182,6 +181,22 @@ def to_device(
     [-1]), its memory dense in `order`."""
     stored = [shape[dim] for dim in order]
     return x.to(device, non_blocking=True, copy=True).view(stored).permute(_inverse(order))
+
+
+def _stored(x: Tensor, order: Sequence[int]) -> Tensor:
+    """x with its dimensions in that order, and its memory too."""
+    # Without the operators that would change nothing: there are hundreds of such calls a step.
+    x = x if _is_straight(order) else x.permute(list(order))
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _unstored(x: Tensor, order: Sequence[int]) -> Tensor:
+    """The inverse, as a view."""
+    return x if _is_straight(order) else x.permute(_inverse(order))
+
+
+def _is_straight(order: Sequence[int]) -> bool:
+    return all(dim == at for at, dim in enumerate(order))
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

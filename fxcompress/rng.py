@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -47,6 +48,10 @@ def _stream(base: _Word, counter: _Word, stream: int) -> tuple[_Word, _Word]:
     return h, mix(h ^ 0x85EBCA6B)
 
 
+# What is decoded several times, in the step that encoded it, asks for the same.
+_stream_ints = lru_cache(maxsize=1 << 12)(_stream)
+
+
 def stream_keys(key: Tensor, stream: int) -> tuple[Tensor, Tensor]:
     """(k_a, k_b) of a stream as 0-dim int64 tensors on the key's device, without a sync.
 
@@ -58,7 +63,7 @@ def stream_keys(key: Tensor, stream: int) -> tuple[Tensor, Tensor]:
 def stream_key_ints(key: Tensor, stream: int) -> tuple[int, int]:
     """`stream_keys` as Python ints, for kernels that take scalars. Waits for a CUDA key."""
     base, counter = key.tolist()
-    return _stream(base, counter, stream)
+    return _stream_ints(base, counter, stream)
 
 
 def hash_range(start: int, count: int, k_a: Tensor, k_b: Tensor) -> Tensor:

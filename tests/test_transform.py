@@ -198,28 +198,16 @@ def test_kernels_do_what_is_defined(
     x = (torch.randn(shape) + torch.randn(shape[-1])).to(dtype)
     fitted = fit(x, [torch.randn(shape)], channels, width=width)
     c = at_rate(fitted, 1.0, unbiased=False)
+    assert c._on_cpu(x) is not None
     payload = c.encode(x, step_key(), 3)
-    state, numbers = states.get(c.basis, x.device), c._numbers_in(payload).clone()
-    mean = c._mean(x, state)
-    z, order = _parts(c, x, state, mean, numbers)
-    assert c._place(x) is not None
     decoded = c.decode(payload, x.shape, dtype, step_key(), 3)
     monkeypatch.setattr("fxcompress.codecs.transform._on_cpu", lambda _: False)
-    other = torch.zeros_like(numbers)
-    z_defined, order_defined = _parts(c, x, state, mean, other)
-    assert torch.allclose(z, z_defined, atol=1e-4)
-    assert torch.equal(numbers, other)
-    assert torch.equal(order, order_defined)
+    again = c.encode(x, step_key(), 3)
+    assert torch.equal(c._numbers_in(payload), c._numbers_in(again))
+    # Coefficients differ in their last digits: here and there one is drawn to the next level.
+    assert float((payload != again).float().mean()) < 0.01
     defined = c.decode(payload, x.shape, dtype, step_key(), 3)
     assert torch.allclose(decoded, defined, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
-
-
-def _parts(
-    c: Transform, x: Tensor, state: dict[str, Tensor], mean: Tensor, numbers: Tensor
-) -> tuple[Tensor, Tensor]:
-    found = c._ranked(x, state, mean, numbers)
-    assert found.order is not None
-    return found.z, found.order
 
 
 def test_kernels_do_not_depend_on_threads(fitted: Fitted) -> None:

@@ -11,7 +11,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -91,6 +92,21 @@ class Codec(ABC):
         Sizes may be SymInts: only + - * // are used on them, no guards.
         """
 
+    def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """`payload_bytes`, remembered: a step asks for the sizes of the step before."""
+        key = (dtype, *shape)
+        try:
+            return self._sizes[key]
+        except KeyError:
+            found = self._sizes[key] = self.payload_bytes(shape, dtype)
+            return found
+        except TypeError:  # SymInts have no hash
+            return self.payload_bytes(shape, dtype)
+
+    @cached_property
+    def _sizes(self) -> dict[tuple[Any, ...], int]:
+        return {}
+
     def workspace_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Bytes that `encode`, and `decode`, need besides the tensor and its payload while it runs.
 
@@ -157,8 +173,7 @@ class Codec(ABC):
         if self.stochastic and key is None:
             raise CodecError(f"{self} draws random bits: pass the key of fxcompress.next_key")
         x = x.detach().contiguous()
-        size = self.payload_bytes(x.shape, x.dtype)
-        payload = x.new_empty(size, dtype=torch.uint8)
+        payload = x.new_empty(self.size(x.shape, x.dtype), dtype=torch.uint8)
         if not self.runs(self.encode_kernel, x, payload, key, stream):
             keys = None if key is None else rng.stream_keys(key, stream)
             self.encode_reference(x, payload.zero_(), keys)
@@ -190,7 +205,7 @@ class Codec(ABC):
         self.check_dtype(dtype)
         if self.decode_needs_key and key is None:
             raise CodecError(f"{self} draws random bits: pass the key the tensor was encoded with")
-        expected = self.payload_bytes(shape, dtype)
+        expected = self.size(shape, dtype)
         if payload.numel() != expected or payload.dtype != torch.uint8:
             raise CodecError(
                 f"{self} wants uint8[{expected}] for {math.prod(shape)} elements, "

@@ -62,7 +62,7 @@ class Fusing(Codec):
         if not self.fuses or x.dtype not in FLOATS or (self.stochastic and key is None):
             return None
         dtype = x.dtype if isinstance(before, Filled) else torch.float32
-        payload = x.new_empty(self.payload_bytes(x.shape, dtype), dtype=torch.uint8)
+        payload = x.new_empty(self.size(x.shape, dtype), dtype=torch.uint8)
         done = self.runs(self.encode_kernel, x, payload, key, stream, before)
         return payload if done else None
 
@@ -86,7 +86,7 @@ class Fusing(Codec):
 
 def mask_bytes(shape: Sequence[int]) -> int:
     """Of a mask of that shape, packed; sizes may be SymInts."""
-    return _MASK.payload_bytes(shape, torch.bool)
+    return _MASK.size(shape, torch.bool)
 
 
 # ---- filled ----

@@ -104,17 +104,19 @@ def get(name: str, device: torch.device) -> dict[str, Tensor]:
     return _base(name, device) if ring is None else _select(ring, ring.version)
 
 
-def version(name: str, device: torch.device) -> Tensor:
-    """uint8[1] on the device: which version :func:`get` gives now."""
+def version(name: str, device: torch.device) -> Tensor | None:
+    """uint8[1] on the device: which version :func:`get` gives now; None: the first, 0."""
     ring = _rings.get((name, device))
-    return torch.zeros(1, dtype=torch.uint8, device=device) if ring is None else ring.version
+    return None if ring is None else ring.version
 
 
-def of_version(name: str, version: Tensor) -> dict[str, Tensor]:
-    """The arrays that were the newest at ``version``, on its device; NaN if they are gone."""
-    ring = _rings.get((name, version.device))
+def of_payload(name: str, payload: Tensor) -> dict[str, Tensor]:
+    """The arrays that were the newest at the version in the payload's first byte; NaN if they are
+    gone."""
+    ring = _rings.get((name, payload.device))
     if ring is None:
-        return _base(name, version.device)
+        return _base(name, payload.device)
+    version = payload[:1]
     is_held = (ring.version - version) <= 1  # modulo 256
     found = _select(ring, version)
     return {

@@ -37,7 +37,6 @@ from fxcompress.codecs.payload import carve, section_bytes
 from fxcompress.codecs.planar import group_chunks, pack, unpack
 from fxcompress.errors import CodecError
 from fxcompress.kernels import cpu, triton
-from fxcompress.kernels.prologue import Prologue
 
 _GROUP = 256  # drawn elements
 _RATES = (0.5, 0.25, 0.125, 0.0625)
@@ -62,44 +61,37 @@ class Subsample(Codec):
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         return section_bytes(*self._sections(math.prod(shape)))
 
-    def encode_kernel(
-        self,
-        x: Tensor,
-        payload: Tensor,
-        key: Tensor | None,
-        stream: int,
-        before: Prologue | None = None,
-    ) -> bool:
-        if key is not None and triton.takes(x, _GROUP * self._block):
+    def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
+        if key is not None and triton.takes(x, _GROUP * self.block):
             from fxcompress.kernels.triton import subsample as gpu
 
             parts = carve(payload, *self._sections(x.numel()))
-            triton.run(gpu.encode(x, parts, levels(1), self._block, key, stream))
+            triton.run(gpu.encode(x, parts, levels(1), self.block, key, stream))
             return True
         if x.device.type != "cpu" or not cpu.available():
             return False
         assert key is not None
         keys = rng.stream_key_ints(key, stream)
-        cpu.subsample_encode(x, payload, levels(1).table, self._block, *keys, before)
+        cpu.subsample_encode(x, payload, levels(1).table, self.block, *keys)
         return True
 
     def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
-        if key is not None and triton.takes(x, _GROUP * self._block):
+        if key is not None and triton.takes(x, _GROUP * self.block):
             from fxcompress.kernels.triton import subsample as gpu
 
             parts = carve(payload, *self._sections(x.numel()))
-            triton.run(gpu.decode(parts, x, levels(1), self._block, key, stream))
+            triton.run(gpu.decode(parts, x, levels(1), self.block, key, stream))
             return True
         if x.device.type != "cpu" or not cpu.available():
             return False
         assert key is not None
         keys = rng.stream_key_ints(key, stream)
-        cpu.subsample_decode(payload, x, levels(1).table, self._block, *keys)
+        cpu.subsample_decode(payload, x, levels(1).table, self.block, *keys)
         return True
 
     def error(self, x: Tensor) -> ErrorModel:
         self.check_dtype(x.dtype)
-        k, d = self._block, levels(1).distortion
+        k, d = self.block, levels(1).distortion
         flat = x.detach().reshape(-1)
         variance = torch.empty_like(flat, dtype=torch.float32)
         for start, rows, size in group_chunks(flat.numel(), _GROUP * k, flat.device):
@@ -115,7 +107,7 @@ class Subsample(Codec):
 
     def noise(self, seen: Groups) -> float:
         """As `Codec.noise`."""
-        k, d = self._block, levels(1).distortion
+        k, d = self.block, levels(1).distortion
         drawn = seen.joined(k)
         moved = drawn.mean - drawn.mean.to(torch.bfloat16).float()
         energy = drawn.energy + drawn.size * moved.square()
@@ -125,7 +117,7 @@ class Subsample(Codec):
 
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
         assert keys is not None
-        flat, k = x.view(-1), self._block
+        flat, k = x.view(-1), self.block
         packed, scales, means = carve(payload, *self._sections(flat.numel()))
         for start, rows, size in group_chunks(flat.numel(), _GROUP * k, flat.device):
             values = flat[start : start + rows * size].view(rows, size).float()
@@ -141,7 +133,7 @@ class Subsample(Codec):
 
     def decode_reference(self, payload: Tensor, x: Tensor, keys: Keys | None) -> None:
         assert keys is not None
-        flat, limit, k = x.view(-1), torch.finfo(x.dtype).max, self._block
+        flat, limit, k = x.view(-1), torch.finfo(x.dtype).max, self.block
         packed, scales, means = carve(payload, *self._sections(flat.numel()))
         for start, rows, size in group_chunks(flat.numel(), _GROUP * k, flat.device):
             offsets = self._offsets(start, rows, size, keys)
@@ -155,14 +147,14 @@ class Subsample(Codec):
             flat[start : start + rows * size] = blocks.reshape(-1)
 
     @property
-    def _block(self) -> int:
+    def block(self) -> int:
         return round(1 / self.rate)
 
     def _sections(self, numel: int) -> list[tuple[torch.dtype, int]]:
-        return rotate.sections((numel + self._block - 1) // self._block, 1, _GROUP, True)
+        return rotate.sections((numel + self.block - 1) // self.block, 1, _GROUP, True)
 
     def _offsets(self, start: int, rows: int, size: int, keys: Keys) -> Tensor:
         """Which element of each block is drawn: int64[rows, blocks of a span, 1]."""
-        k, blocks = self._block, (size + self._block - 1) // self._block
+        k, blocks = self.block, (size + self.block - 1) // self.block
         hashes = rng.hash_range(start // k, rows * blocks, keys[1], keys[0])
         return (hashes * k >> 32).view(rows, blocks, 1)

@@ -49,11 +49,11 @@ from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys, channel_axis
 from fxcompress.codecs.basis import analyse, synthesised
 from fxcompress.codecs.dither import Dither
 from fxcompress.codecs.groups import Groups, groups
+from fxcompress.codecs.levels import levels
 from fxcompress.codecs.rotate import Rotate
 from fxcompress.codecs.subsample import Subsample
 from fxcompress.kernels import cpu, triton
 from fxcompress.kernels.place import Place, fits, placed
-from fxcompress.kernels.prologue import Gathered
 
 VERSION = 4  # bytes that tell by which version of its basis a payload was made (states.py)
 # Bits a coefficient, in the order of their numbers in a state's `rates`.
@@ -91,7 +91,7 @@ class Transform(Codec):
         positions = math.prod(shape) // bands
         total = VERSION + _aligned((bands + 1) // 2) + _aligned(2 * self._running_means())
         for _, codec, count in self._classes():
-            total = total + _aligned(codec.payload_bytes([count * positions], torch.float32))
+            total = total + _aligned(codec.size([count * positions], torch.float32))
         return total
 
     def workspace_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -103,37 +103,68 @@ class Transform(Codec):
         return 4 * numel + numel // 8 + 32 * self._bands()
 
     def encode_kernel(self, x: Tensor, payload: Tensor, key: Tensor | None, stream: int) -> bool:
-        payload.zero_()
-        version = states.version(self.basis, x.device)
-        payload[:1] = version
-        state = states.of_version(self.basis, version)
-        mean, numbers, at = self._mean(x, state), self._numbers_in(payload), self._after_numbers()
+        state, version = states.get(self.basis, x.device), states.version(self.basis, x.device)
+        mean, on_cpu = self._mean(x, state), self._on_cpu(x)
+        if on_cpu is not None:
+            assert key is not None
+            ranked = self._ranked(x.device)
+            cpu.transform_encode(x, payload, state, mean, ranked, *on_cpu, key, stream)
+        else:
+            payload.zero_()
+            self._encode_bands(x, payload, state, mean, key, stream)
+        if version is not None:
+            payload[:1] = version
         if self._running_means():
+            at = self._after_numbers()
             payload[at : at + 2 * len(mean)].view(torch.bfloat16).copy_(mean)
-            at += _aligned(2 * len(mean))
-        bands, start = self._ranked(x, state, mean, numbers), 0
-        for number, codec, count in self._classes():
-            size = codec.payload_bytes([count * bands.positions], torch.float32)
-            part, own = payload[at : at + size], _stream(stream, number)
-            bands.encode(codec, slice(start, start + count), part, key, own)
-            start, at = start + count, at + _aligned(size)
         return True
 
-    def _ranked(
+    def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
+        state, on_cpu = states.of_payload(self.basis, payload), self._on_cpu(x)
+        mean = state["mean"]
+        if self._running_means():
+            at = self._after_numbers()
+            mean = payload[at : at + 2 * len(mean)].view(torch.bfloat16).float()
+        if on_cpu is not None:
+            assert key is not None
+            cpu.transform_decode(payload, x, state, mean, *on_cpu, key, stream)
+        else:
+            z, coded = self._decoded_bands(payload, x, key, stream)
+            self._give(z, coded, self._numbers_in(payload), state["synthesis"], mean, x)
+        return True
+
+    def _on_cpu(self, x: Tensor) -> tuple[Place, cpu.Coders] | None:
+        """Where the kernels for the CPU find everything; None: they do not do the work."""
+        return _for_cpu(self, x.shape) if _on_cpu(x) else None
+
+    def _encode_bands(
+        self,
+        x: Tensor,
+        payload: Tensor,
+        state: Mapping[str, Tensor],
+        mean: Tensor,
+        key: Tensor | None,
+        stream: int,
+    ) -> None:
+        """Rates and coefficients, where each rate's coder is called by itself."""
+        z = self._in_order(x, state, mean, self._numbers_in(payload))
+        start, at = 0, self._first_bands()
+        for number, codec, count in self._classes():
+            bands = z[start : start + count]
+            part = codec.encode(bands, key, _stream(stream, number))
+            payload[at : at + len(part)] = part
+            start, at = start + count, at + _aligned(len(part))
+
+    def _in_order(
         self, x: Tensor, state: Mapping[str, Tensor], mean: Tensor, numbers: Tensor
-    ) -> _Bands:
+    ) -> Tensor:
         """Coefficients in the order of their rates, which are written to `numbers`."""
         place, basis = self._place(x), state["analysis"]
         if place is None:
             z = analyse(self._channels_last(x), self._sides(), basis, mean)
             rates = self._numbers(_energies(z), state)
             numbers.copy_(_nibbles(rates))
-            return _Bands(z, rates.argsort(descending=True, stable=True))
-        if _on_cpu(x):
-            z = cpu.empty((place.bands, place.positions), x.device)
-            energies = cpu.transform_analyse(x, mean, basis, place, z)
-            ranked = states.get(self.rates, x.device)["rates"]
-            return _Bands(z, cpu.transform_rank(energies, state["weight"], ranked, numbers))
+            return z.index_select(0, rates.argsort(descending=True, stable=True))
         from fxcompress.kernels.triton import transform as gpu
 
         energies = x.new_empty((gpu.lines(place), place.bands), dtype=torch.float32)
@@ -142,34 +173,34 @@ class Transform(Codec):
         numbers.copy_(_nibbles(rates))
         z = x.new_empty((place.bands, place.positions), dtype=torch.float32)
         triton.run(gpu.analyse(x, mean, basis, place, _rows(rates), z))
-        return _Bands(z, None)
+        return z
 
-    def decode_kernel(self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int) -> bool:
-        state, at = states.of_version(self.basis, payload[:1]), self._after_numbers()
-        mean, count = state["mean"], self._bands()
-        if self._running_means():
-            mean = payload[at : at + 2 * len(mean)].view(torch.bfloat16).float()
-            at += _aligned(2 * len(mean))
+    def _decoded_bands(
+        self, payload: Tensor, x: Tensor, key: Tensor | None, stream: int
+    ) -> tuple[Tensor, int]:
+        """Coefficients in the order of their rates, and how many bands are not dropped."""
+        count = self._bands()
         z, start = cpu.empty((count, x.numel() // count), payload.device), 0
+        at = self._first_bands()
         for number, codec, some in self._classes():
-            part, own = payload[at:], _stream(stream, number)
-            bands = z[start : start + some]
-            part = part[: codec.payload_bytes(bands.shape, torch.float32)]
+            bands, own = z[start : start + some], _stream(stream, number)
+            part = payload[at : at + codec.size(bands.shape, torch.float32)]
             if not codec.decode_kernel(part, bands, key, own):
                 bands.copy_(codec.decode(part, bands.shape, torch.float32, key, own))
             start, at = start + some, at + _aligned(len(part))
-        self._give(z, start, self._numbers_in(payload), state["synthesis"], mean, x)
-        return True
+        return z, start
 
     def _give(
-        self, z: Tensor, coded: int, numbers: Tensor, basis: Tensor, mean: Tensor, x: Tensor
+        self,
+        z: Tensor,
+        coded: int,
+        numbers: Tensor,
+        basis: Tensor,
+        mean: Tensor,
+        x: Tensor,
     ) -> None:
         """Fill x from coefficients in the order of their rates; only `coded` are not dropped."""
         place = self._place(x)
-        if place is not None and _on_cpu(x):
-            rows = cpu.transform_rows(numbers, len(z))
-            cpu.transform_synthesise(z[:coded], rows, mean, basis, place, x)
-            return
         rows = _rows(_numbers_of(numbers, len(z)))
         if place is not None:
             from fxcompress.kernels.triton import transform as gpu
@@ -188,11 +219,12 @@ class Transform(Codec):
         return (torch.cuda.is_available() and triton.installed()) or cpu.available()
 
     def _place(self, x: Tensor) -> Place | None:
-        """Where the kernels for x's device find its elements; None where ATen does the work."""
-        if not (triton.takes(x, 1) or _on_cpu(x)):
-            return None
-        axis, sides = channel_axis(self.channels, x.dim()), tuple(self._sides())
-        return placed(x.shape, axis, sides, self._width())
+        """Where the GPU's kernels find its elements; None where ATen does the work."""
+        return self._placed(x.shape) if triton.takes(x, 1) else None
+
+    def _placed(self, shape: torch.Size) -> Place | None:
+        axis, sides = channel_axis(self.channels, len(shape)), tuple(self._sides())
+        return placed(shape, axis, sides, self._width())
 
     def encode_reference(self, x: Tensor, payload: Tensor, keys: Keys | None) -> None:
         raise AssertionError("made of other codecs, which have references of their own")
@@ -239,7 +271,7 @@ class Transform(Codec):
     def _numbers(self, energies: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """The rate of each band, uint8: the highest where energy times weight now is largest."""
         need = energies * state["weight"]
-        ranked = states.get(self.rates, energies.device)["rates"]
+        ranked = self._ranked(energies.device)
         return torch.empty_like(ranked).index_copy_(0, need.argsort(descending=True), ranked)
 
     def _mean(self, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
@@ -297,6 +329,14 @@ class Transform(Codec):
     def _bands(self) -> int:
         return len(states.arrays(self.rates)["rates"])
 
+    def _first_bands(self) -> int:
+        """Where in a payload coefficients begin."""
+        return self._after_numbers() + _aligned(2 * self._running_means())
+
+    def _ranked(self, device: torch.device) -> Tensor:
+        """The numbers of the rates in use, from the highest, uint8[bands]."""
+        return states.get(self.rates, device)["rates"]
+
     def _classes(self) -> Sequence[tuple[int, Codec, int]]:
         """(number, codec, how many bands) of each rate in use, from the highest."""
         return _classes(self.rates)
@@ -329,29 +369,23 @@ def _classes(rates: str) -> Sequence[tuple[int, Codec, int]]:
     return [(n, codec, count) for n, codec, count in coded if codec is not None and count]
 
 
-@dataclass(frozen=True)
-class _Bands:
-    """Coefficients fp32[bands, positions], and the bands in the order of their rates; None: they
-    are in it already."""
-
-    z: Tensor
-    order: Tensor | None
-
-    @property
-    def positions(self) -> int:
-        return self.z.shape[1]
-
-    def encode(
-        self, codec: Codec, span: slice, payload: Tensor, key: Tensor | None, stream: int
-    ) -> None:
-        """Some bands, one after the other."""
-        if self.order is not None and _on_cpu(self.z):
-            which = Gathered(self.order[span], self.positions)
-            first = self.z.view(-1)[: len(which.rows) * self.positions]
-            codec.encode_kernel(first, payload, key, stream, which)  # type: ignore[call-arg]
-            return
-        bands = self.z[span] if self.order is None else self.z.index_select(0, self.order[span])
-        payload.copy_(codec.encode(bands, key, stream))
+@lru_cache(maxsize=4096)
+def _for_cpu(transform: Transform, shape: torch.Size) -> tuple[Place, cpu.Coders] | None:
+    """Where elements are, and how each rate is coded, as the kernels for the CPU take it."""
+    place, found, at = transform._placed(shape), [], transform._first_bands()
+    if place is None:
+        return None
+    for number, codec, count in transform._classes():
+        if isinstance(codec, Subsample):
+            kind, bits, table = "subsample", codec.block, levels(1).table
+        elif isinstance(codec, Rotate):
+            kind, bits, table = "rotate", codec.bits, levels(codec.bits).table
+        else:
+            assert isinstance(codec, Dither)
+            kind, bits, table = "dither", codec.bits, ()
+        found.append(cpu.Bands(kind, bits, number, count, at, table))
+        at += _aligned(codec.size([count * place.positions], torch.float32))
+    return place, cpu.coders(found)
 
 
 def _on_cpu(x: Tensor) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.kernels.place import Place
-from fxcompress.kernels.prologue import Filled, Gathered, Prologue, Standardised
+from fxcompress.kernels.prologue import Filled, Prologue, Standardised
 from fxcompress.torch_private import load_cpp
 
 _FORMATS = ("bf16", "fp16", "e4m3", "e5m2")
@@ -34,8 +35,7 @@ class _Prologue(ctypes.Structure):  # prologue.cpp
     _fields_ = [
         *((name, _pointer) for name in ("fill", "mask", "mean", "rstd")),
         *((name, _i64) for name in ("channels", "inner")),
-        ("rows", _pointer),
-        ("length", _i64),
+        *(("rows", _pointer), ("length", _i64)),  # of transform.cpp
     ]
 
 
@@ -43,6 +43,13 @@ class _Place(ctypes.Structure):  # transform.cpp
     _fields_ = [
         *(("blocks", _i64 * 2), ("sides", _i64 * 2), ("strides", _i64 * 4)),
         *((name, _i64) for name in ("positions", "channels", "width")),
+    ]
+
+
+class _Coder(ctypes.Structure):  # transform.cpp
+    _fields_ = [
+        *((name, _i64) for name in ("kind", "bits", "number", "count", "at")),
+        ("levels", _pointer),
     ]
 
 
@@ -65,19 +72,20 @@ _ARGUMENTS = {
         *(_pointer, _pointer, _i64, _pointer, _int, _i64, _int, _int),
         *(_pointer, _u32, _u32, _int),
     ),
-    "fxc_subsample_encode": (
-        *(_pointer, _pointer, _i64, _pointer, _int, _int),
-        *(_before, _u32, _u32, _int),
-    ),
+    "fxc_subsample_encode": (_pointer, _pointer, _i64, _pointer, _int, _int, _u32, _u32, _int),
     "fxc_subsample_decode": (_pointer, _pointer, _i64, _pointer, _int, _int, _u32, _u32, _int),
-    "fxc_transform_analyse": (*(_pointer,) * 4, _where, _pointer, _int, _int),
-    "fxc_transform_synthesise": (*(_pointer,) * 3, _i64, _pointer, _pointer, _where, _int, _int),
+    "fxc_transform_encode": (
+        *(_pointer, _pointer, _i64, *(_pointer,) * 4, _where, _pointer, _i64),
+        *(_pointer, _pointer, _pointer, _i64, _int, _int),
+    ),
+    "fxc_transform_decode": (
+        *(_pointer,) * 4,
+        *(_where, _pointer, _i64, _pointer, _pointer, _i64, _int, _int),
+    ),
 }
 _OTHERS = {
     "fxc_want_huge_pages": ((_pointer, _i64), None),
     "fxc_transform_tile": ((), _i64),
-    "fxc_transform_rank": ((_pointer, _i64, _i64, *(_pointer,) * 4), None),
-    "fxc_transform_rows": ((_pointer, _i64, _pointer), None),
 }
 
 
@@ -219,18 +227,12 @@ def rotate_decode(
 
 
 def subsample_encode(
-    x: Tensor,
-    payload: Tensor,
-    table: Sequence[int],
-    block: int,
-    k_a: int,
-    k_b: int,
-    before: Prologue | None = None,
+    x: Tensor, payload: Tensor, table: Sequence[int], block: int, k_a: int, k_b: int
 ) -> None:
     """Write the payload of `x` (float32, bfloat16 or float16). See `codecs.subsample`."""
     levels, kind = _int32s(table), _FLOATS[x.dtype]
     at = ctypes.addressof(levels)
-    _call("fxc_subsample_encode", x, x, payload, at, block, kind, _prologue(before), k_a, k_b)
+    _call("fxc_subsample_encode", x, x, payload, at, block, kind, k_a, k_b)
 
 
 def subsample_decode(
@@ -242,48 +244,98 @@ def subsample_decode(
     _call("fxc_subsample_decode", x, payload, x, at, block, kind, k_a, k_b)
 
 
-def transform_analyse(x: Tensor, mean: Tensor, analysis: Tensor, place: Place, z: Tensor) -> Tensor:
-    """Write the coefficients of `x` (float32, bfloat16 or float16), fp32[bands, positions].
+@dataclass(frozen=True)
+class Bands:
+    """Those of one rate, in a payload of `codecs.transform`.
 
-    Returns the sums of their squares by tiles of positions, fp32[tiles, bands].
+    Attributes:
+        kind: "rotate", "dither" or "subsample". bits: of a code, or the block one is drawn of.
+        number: of the rate. count: of bands. at: where in the payload they begin.
+        table: levels of rotated values.
+    """
+
+    kind: str
+    bits: int
+    number: int
+    count: int
+    at: int
+    table: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Coders:
+    """What `transform_encode` and `transform_decode` do with the bands of each rate.
+
+    coded: how many bands that are.
+    """
+
+    rows: Any
+    coded: int
+
+
+def coders(bands: Sequence[Bands]) -> Coders:
+    """Of bands in the order of their rates; to be kept by the caller, for many calls."""
+    kinds = ("rotate", "dither", "subsample")
+    rows = [
+        _Coder(kinds.index(b.kind), b.bits, b.number, b.count, b.at, _table(b.table)) for b in bands
+    ]
+    return Coders((_Coder * len(rows))(*rows), sum(b.count for b in bands))
+
+
+def _table(values: tuple[int, ...]) -> int:
+    return ctypes.addressof(_tables.setdefault(values, _int32s(values)))
+
+
+_tables: dict[tuple[int, ...], ctypes.Array[ctypes.c_int32]] = {}  # whose addresses are in use
+
+
+def transform_encode(
+    x: Tensor,
+    payload: Tensor,
+    state: Mapping[str, Tensor],
+    mean: Tensor,
+    ranked: Tensor,
+    place: Place,
+    coders: Coders,
+    key: Tensor,
+    stream: int,
+) -> None:
+    """Write the payload of `x` (float32, bfloat16 or float16), but for version and means.
+
+    ranked: uint8[bands], the rates in use, from the highest.
     """
     tiles = -(-place.positions // _function("fxc_transform_tile")())
-    energies = torch.empty(tiles, place.bands)
-    given = (mean.data_ptr(), analysis.data_ptr(), _place(place), energies.data_ptr())
-    _run("fxc_transform_analyse", x, x.data_ptr(), z.data_ptr(), *given, _FLOATS[x.dtype])
-    return energies
+    scratch = torch.empty((place.positions + tiles) * place.bands)
+    z = scratch.data_ptr()
+    _run(
+        "fxc_transform_encode",
+        x,
+        *(x.data_ptr(), payload.data_ptr(), payload.numel(), mean.data_ptr()),
+        *(state["analysis"].data_ptr(), state["weight"].data_ptr(), ranked.data_ptr()),
+        *(_place(place), coders.rows, len(coders.rows)),
+        *(z, z + 4 * place.positions * place.bands, key.data_ptr(), stream, _FLOATS[x.dtype]),
+    )
 
 
-def transform_rank(energies: Tensor, weight: Tensor, ranked: Tensor, numbers: Tensor) -> Tensor:
-    """Write the rate of each band, two a byte, to `numbers`: by its need, energy times weight.
-
-    Args:
-        energies: of `transform_analyse`. weight: float64[bands].
-        ranked: uint8[bands], the rates in use, from the highest.
-
-    Returns:
-        int64[bands]: the bands, from the highest rate.
-    """
-    order = torch.empty(len(ranked), dtype=torch.int64)
-    given = (energies, weight, ranked, numbers, order)
-    energies_at, *others = (tensor.data_ptr() for tensor in given)
-    _function("fxc_transform_rank")(energies_at, *energies.shape, *others)
-    return order
-
-
-def transform_rows(numbers: Tensor, bands: int) -> Tensor:
-    """int64[bands]: where each band stands in the order that `transform_rank` gave."""
-    rows = torch.empty(bands, dtype=torch.int64)
-    _function("fxc_transform_rows")(numbers.data_ptr(), bands, rows.data_ptr())
-    return rows
-
-
-def transform_synthesise(
-    z: Tensor, rows: Tensor, mean: Tensor, synthesis: Tensor, place: Place, x: Tensor
+def transform_decode(
+    payload: Tensor,
+    x: Tensor,
+    state: Mapping[str, Tensor],
+    mean: Tensor,
+    place: Place,
+    coders: Coders,
+    key: Tensor,
+    stream: int,
 ) -> None:
-    """Fill `x` from coefficients fp32[coded, positions]: of band b in row ``rows[b]``, others 0."""
-    given = (rows.data_ptr(), len(z), mean.data_ptr(), synthesis.data_ptr(), _place(place))
-    _run("fxc_transform_synthesise", x, z.data_ptr(), x.data_ptr(), *given, _FLOATS[x.dtype])
+    """Fill `x` (float32, bfloat16 or float16) from its payload. See `codecs.transform`."""
+    z = torch.empty(place.positions * coders.coded)
+    _run(
+        "fxc_transform_decode",
+        x,
+        *(payload.data_ptr(), x.data_ptr(), mean.data_ptr(), state["synthesis"].data_ptr()),
+        *(_place(place), coders.rows, len(coders.rows)),
+        *(z.data_ptr(), key.data_ptr(), stream, _FLOATS[x.dtype]),
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -303,8 +355,6 @@ def _prologue(before: Prologue | None) -> _Prologue | None:
     if isinstance(before, Standardised):
         mean, rstd = before.mean, before.rstd
         return _Prologue(None, None, mean.data_ptr(), rstd.data_ptr(), mean.numel(), before.inner)
-    if isinstance(before, Gathered):
-        return _Prologue(rows=before.rows.data_ptr(), length=before.length)
     return None
 
 

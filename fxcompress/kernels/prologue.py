@@ -31,15 +31,4 @@ class Standardised:
     inner: int
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """Rows of a matrix are coded one after the other; x, their memory, begins with its first row.
-
-    rows: int64, contiguous, their numbers. length: of a row.
-    """
-
-    rows: Tensor
-    length: int
-
-
-Prologue = Filled | Standardised | Gathered
+Prologue = Filled | Standardised

@@ -344,33 +344,10 @@ inline void in_order(const u8* numbers, i64 bands, Body body) {
     for (i64 i = 0; i < bands; i++) body(starts[15 - number_of(numbers, i)]++, i);
 }
 
-}  // namespace
-
-EXPORT i64 fxc_transform_tile() { return tile; }
-
-EXPORT bool fxc_transform_analyse(const void* x, float* z, const float* mean, const float* matrices,
-                                  const Place* place, float* energies, int type, int threads) {
-    return choose<F32, BF16, F16>(type, [=](auto t) {
-        auto* in = static_cast<const typename decltype(t)::Stored*>(x);
-        analyse<decltype(t)>(in, mean, matrices, *place, z, energies, threads);
-        return true;
-    });
-}
-
-EXPORT bool fxc_transform_synthesise(const float* z, void* x, const i64* rows, i64 coded,
-                                     const float* mean, const float* matrices, const Place* place,
-                                     int type, int threads) {
-    return choose<F32, BF16, F16>(type, [=](auto t) {
-        auto* out = static_cast<typename decltype(t)::Stored*>(x);
-        synthesise<decltype(t)>(z, rows, coded, mean, matrices, *place, out, threads);
-        return true;
-    });
-}
-
 // Numbers of rates by need (energies [tiles, bands], added up, times weight), two a byte, and the
 // bands in their order. `ranked`: the numbers, the highest first.
-EXPORT void fxc_transform_rank(const float* energies, i64 tiles, i64 bands, const double* weight,
-                               const u8* ranked, u8* numbers, i64* order) {
+void rank(const float* energies, i64 tiles, i64 bands, const double* weight, const u8* ranked,
+          u8* numbers, i64* order) {
     std::vector<double> need(bands);
     for (i64 t = 0; t < tiles; t++)
         for (i64 i = 0; i < bands; i++) need[i] += double(energies[t * bands + i]);
@@ -386,7 +363,121 @@ EXPORT void fxc_transform_rank(const float* energies, i64 tiles, i64 bands, cons
     in_order(numbers, bands, [=](i64 at, i64 band) { order[at] = band; });
 }
 
-// Where each band stands in the order of the numbers.
-EXPORT void fxc_transform_rows(const u8* numbers, i64 bands, i64* rows) {
-    in_order(numbers, bands, [=](i64 at, i64 band) { rows[band] = at; });
+// ---- the bands of one rate after the other ----
+
+struct Coder {  // as in cpu.py
+    i64 kind, bits;  // rotate, dither, or subsample, of which `bits` is the block
+    i64 number, count, at;  // of the rate; bands it has; where in the payload they are
+    const int32_t* levels;
+};
+
+constexpr i64 coded_group = 256, numbers_at = 4;  // in the payload
+constexpr i64 few = 1 << 16;  // elements: waking other threads for them costs more than it saves
+
+// As rng.stream_keys, of a stream of its own for each coder of a tensor.
+inline Keys keys_of(const i64* key, i64 tensor, i64 number) {
+    u32 h = mix(u32(key[0]) ^ mix(u32((tensor + 1) * 4096 + number) + 0x9e3779b9u));
+    for (u32 word : {u32(key[0] >> 32), u32(key[1]), u32(key[1] >> 32)}) h = mix(h ^ word);
+    return {h, mix(h ^ 0x85ebca6bu)};
+}
+
+// Calls body(coder, numel, keys, threads) for each.
+template <class Body>
+inline void for_coders(const Coder* coders, i64 number, const Place& place, const i64* key,
+                       i64 stream, int threads, Body body) {
+    for (i64 i = 0; i < number; i++) {
+        const i64 numel = coders[i].count * place.positions;
+        body(coders[i], numel, keys_of(key, stream, coders[i].number), numel < few ? 1 : threads);
+    }
+}
+
+// Of bands z[order[.]].
+inline void encode_bands(const float* z, const i64* order, const Coder& coder, i64 numel,
+                         i64 length, u8* payload, Keys keys, int threads) {
+    const u32* x = reinterpret_cast<const u32*>(z);
+    Prologue gathered = {};
+    gathered.rows = order;
+    gathered.length = length;
+    const Prologue* before = &gathered;
+    if (coder.kind == 0)
+        choose<Int<1>, Int<2>, Int<3>, Int<4>, Int<5>>(coder.bits - 1, [=](auto b) {
+            encode_rotate<F32, b()>(x, payload, coder.levels, numel, coded_group, true, false, before,
+                                    keys, threads);
+            return true;
+        });
+    if (coder.kind == 1)
+        choose_bits(coder.bits, [=](auto b) {
+            encode_affine<F32, b()>(x, payload, numel, coded_group, before, keys.a, keys.b, threads);
+            return true;
+        });
+    if (coder.kind == 2)
+        encode_subsample<F32>(x, payload, coder.levels, numel, coder.bits, before, keys, threads);
+}
+
+// Into bands that are side by side.
+inline void decode_bands(const u8* payload, float* z, const Coder& coder, i64 numel, Keys keys,
+                         int threads) {
+    u32* out = reinterpret_cast<u32*>(z);
+    if (coder.kind == 0)
+        choose<Int<1>, Int<2>, Int<3>, Int<4>, Int<5>>(coder.bits - 1, [=](auto b) {
+            decode_rotate<F32, b()>(payload, out, coder.levels, numel, coded_group, false, nullptr, keys,
+                                    threads);
+            return true;
+        });
+    if (coder.kind == 1)
+        decode_dither<F32>(payload, out, numel, coded_group, coder.bits, nullptr, keys.a, keys.b,
+                           threads);
+    if (coder.kind == 2)
+        decode_subsample<F32>(payload, out, coder.levels, numel, coder.bits, keys, threads);
+}
+
+}  // namespace
+
+EXPORT i64 fxc_transform_tile() { return tile; }
+
+// All of a payload but the version of its basis and its means. Scratch: z [bands, positions],
+// energies [tiles, bands].
+EXPORT bool fxc_transform_encode(const void* x, u8* payload, i64 bytes, const float* mean,
+                                 const float* matrices, const double* weight, const u8* ranked,
+                                 const Place* place, const Coder* coders, i64 number, float* z,
+                                 float* energies, const i64* key, i64 stream, int type,
+                                 int threads) {
+    return choose<F32, BF16, F16>(type, [=](auto t) {
+        auto* in = static_cast<const typename decltype(t)::Stored*>(x);
+        std::memset(payload, 0, bytes);
+        want_huge_pages(z, place->bands() * place->positions * i64(sizeof(*z)));
+        analyse<decltype(t)>(in, mean, matrices, *place, z, energies, threads);
+        std::vector<i64> order(place->bands());
+        rank(energies, place->tiles(), place->bands(), weight, ranked, payload + numbers_at,
+             order.data());
+        const i64* next = order.data();
+        for_coders(coders, number, *place, key, stream, threads,
+                   [&](const Coder& coder, i64 numel, Keys keys, int own) {
+                       encode_bands(z, next, coder, numel, place->positions, payload + coder.at,
+                                    keys, own);
+                       next += coder.count;
+                   });
+        return true;
+    });
+}
+
+// Scratch: z, of as many bands as are coded.
+EXPORT bool fxc_transform_decode(const u8* payload, void* x, const float* mean,
+                                 const float* matrices, const Place* place, const Coder* coders,
+                                 i64 number, float* z, const i64* key, i64 stream, int type,
+                                 int threads) {
+    return choose<F32, BF16, F16>(type, [=](auto t) {
+        auto* out = static_cast<typename decltype(t)::Stored*>(x);
+        i64 coded = 0;
+        for_coders(coders, number, *place, key, stream, threads,
+                   [&](const Coder& coder, i64 numel, Keys keys, int own) {
+                       float* bands = z + coded * place->positions;
+                       decode_bands(payload + coder.at, bands, coder, numel, keys, own);
+                       coded += coder.count;
+                   });
+        std::vector<i64> rows(place->bands());
+        in_order(payload + numbers_at, place->bands(), [&](i64 at, i64 band) { rows[band] = at; });
+        synthesise<decltype(t)>(z, rows.data(), coded, mean, matrices, *place, out, threads);
+        return true;
+    });
 }
