@@ -72,6 +72,7 @@ class Timeline:
         prepared: by candidate, bytes of a copy in the units of its channels, or with its zeros
             filled, that is encoded in its place unless one pass does both.
         decoded: by candidate, bytes of decoded copies if it is coded.
+        between: by candidate, bytes of one of them from one cluster of readers to the next.
         fetched: by candidate, bytes of copies that come from host memory if it waits there.
         held: by candidate, 1 while its payload is alive.
         coding: by candidate, 1 where it is encoded or decoded.
@@ -89,6 +90,7 @@ class Timeline:
     dropped: dict[str, Bytes]
     prepared: dict[str, Bytes]
     decoded: dict[str, Bytes]
+    between: dict[str, Bytes]
     fetched: dict[str, Bytes]
     held: dict[str, Bytes]
     coding: dict[str, Bytes]
@@ -111,6 +113,8 @@ class Timeline:
         if spec is None:
             return self.dropped[name]
         found = self.dropped[name] + self.decoded[name]
+        if choice.joined:
+            found += self.between[name]
         if not choice.is_fused:
             found += self.prepared[name]
         found += self.held[name] * payload_bytes(choice.candidate, spec)
@@ -222,7 +226,7 @@ def timeline(
             else:
                 base += copy
 
-    kept, dropped, prepared, decoded, fetched = {}, {}, {}, {}, {}
+    kept, dropped, prepared, decoded, between, fetched = {}, {}, {}, {}, {}, {}
     held, coding = {}, {}
     rebuilt, rebuilding = _rebuilt(step, cut, candidates, others, channels_last=channels_last)
     masks: dict[fx.Node, Bytes] = {}
@@ -239,6 +243,7 @@ def timeline(
         dropped[name] = step.span(born, used, size)
         readers = _live_readers(candidate)
         decoded[name] = _copies(step, cut, readers, candidate.own_bytes)
+        between[name] = _between(decoded[name], candidate.own_bytes)
         fetched[name] = _copies(step, cut, _all_readers(candidate), candidate.own_bytes)
         prepared[name] = step.span(used, used, size if _is_prepared(candidate) else 0)
         for node in candidate.attention:  # its forward runs again, into a buffer of q's size
@@ -263,6 +268,7 @@ def timeline(
         dropped,
         prepared,
         decoded,
+        between,
         fetched,
         held,
         coding,
@@ -365,6 +371,15 @@ def _copies(step: _Step, cut: Cut, readers: Sequence[fx.Node], size: float) -> B
         )
         total = np.maximum(total, step.span(step.at[cluster[0]], last, size))
     return total
+
+
+def _between(copies: Bytes, size: float) -> Bytes:
+    """The same bytes from the first of these copies to the last, where there is none."""
+    found = np.zeros_like(copies)
+    there = np.flatnonzero(copies)
+    if len(there):
+        found[there[0] : there[-1]] = size
+    return np.maximum(found - copies, 0.0)
 
 
 def _held_for_sums(step: _Step, cut: Cut) -> Bytes:

@@ -55,6 +55,7 @@ class Choice:
         exact_masks: comparisons are made on exact values, in the forward; not on decoded ones.
         lowering: by what the codec's payload is decoded (fxcompress/lowering.py); empty: our
             operator.
+        joined: one decode serves all readers in the backward, however far apart.
     """
 
     candidate: Candidate
@@ -63,6 +64,7 @@ class Choice:
     host: bool = False
     exact_masks: bool = True
     lowering: str = ""
+    joined: bool = False
 
     @property
     def codec_spec(self) -> str | None:
@@ -280,7 +282,7 @@ class _Exchange:
         insert_decodes(
             backward, node, received, spec, received_key, stream, order,
             coded=dtype, units=received_units, mask=filled.mask if filled else None,
-            host=choice.host, inline=choice.lowering == "inductor",
+            host=choice.host, inline=choice.lowering == "inductor", joined=choice.joined,
         )  # fmt: skip
 
     def offload(self, candidate: Candidate) -> None:

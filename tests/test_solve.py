@@ -211,6 +211,7 @@ def problem(
         dropped=dropped,
         prepared=dict.fromkeys(decoded, np.zeros(length)),
         decoded=decoded,
+        between=dict.fromkeys(decoded, np.zeros(length)),
         fetched={},
         held=held,
         coding={},
