@@ -1,4 +1,4 @@
-"""For all tests: plans by one table of times, not by the clock of a machine that is busy with them."""
+"""For all tests: plans by one table of times, not by the clock of a machine that is busy."""
 
 from __future__ import annotations
 
