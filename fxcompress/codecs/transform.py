@@ -89,10 +89,10 @@ class Transform(Codec):
     def payload_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         bands = self._bands()
         positions = math.prod(shape) // bands
-        total = VERSION + _aligned((bands + 1) // 2) + _aligned(2 * self._running_means())
-        for _, codec, count in self._classes():
-            total = total + _aligned(codec.size([count * positions], torch.float32))
-        return total
+        end = self._first_bands()
+        for part in self._parts(positions):
+            end = part.at + _aligned(part.size)
+        return end
 
     def workspace_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Of `encode` and of `decode`: coefficients; where ATen does the work, also rows on their
@@ -148,12 +148,9 @@ class Transform(Codec):
     ) -> None:
         """Rates and coefficients, where each rate's coder is called by itself."""
         z = self._in_order(x, state, mean, self._numbers_in(payload))
-        start, at = 0, self._first_bands()
-        for number, codec, count in self._classes():
-            bands = z[start : start + count]
-            part = codec.encode(bands, key, _stream(stream, number))
-            payload[at : at + len(part)] = part
-            start, at = start + count, at + _aligned(len(part))
+        for part in self._parts(z.shape[1]):
+            bands, own = part.of_bands(z), _stream(stream, part.number)
+            part.of_payload(payload).copy_(part.codec.encode(bands, key, own))
 
     def _in_order(
         self, x: Tensor, state: Mapping[str, Tensor], mean: Tensor, numbers: Tensor
@@ -180,15 +177,14 @@ class Transform(Codec):
     ) -> tuple[Tensor, int]:
         """Coefficients in the order of their rates, and how many bands are not dropped."""
         count = self._bands()
-        z, start = cpu.empty((count, x.numel() // count), payload.device), 0
-        at = self._first_bands()
-        for number, codec, some in self._classes():
-            bands, own = z[start : start + some], _stream(stream, number)
-            part = payload[at : at + codec.size(bands.shape, torch.float32)]
-            if not codec.decode_kernel(part, bands, key, own):
-                bands.copy_(codec.decode(part, bands.shape, torch.float32, key, own))
-            start, at = start + some, at + _aligned(len(part))
-        return z, start
+        z, coded = cpu.empty((count, x.numel() // count), payload.device), 0
+        for part in self._parts(z.shape[1]):
+            bands, codes = part.of_bands(z), part.of_payload(payload)
+            own, codec = _stream(stream, part.number), part.codec
+            if not codec.decode_kernel(codes, bands, key, own):
+                bands.copy_(codec.decode(codes, bands.shape, torch.float32, key, own))
+            coded += part.count
+        return z, coded
 
     def _give(
         self,
@@ -337,6 +333,14 @@ class Transform(Codec):
         """The numbers of the rates in use, from the highest, uint8[bands]."""
         return states.get(self.rates, device)["rates"]
 
+    def _parts(self, positions: int) -> Iterator[_Part]:
+        """The rates in use, from the highest, of bands of so many positions."""
+        first, at = 0, self._first_bands()
+        for number, codec, count in self._classes():
+            size = codec.size([count * positions], torch.float32)
+            yield _Part(number, codec, first, count, at, size)
+            first, at = first + count, at + _aligned(size)
+
     def _classes(self) -> Sequence[tuple[int, Codec, int]]:
         """(number, codec, how many bands) of each rate in use, from the highest."""
         return _classes(self.rates)
@@ -369,13 +373,32 @@ def _classes(rates: str) -> Sequence[tuple[int, Codec, int]]:
     return [(n, codec, count) for n, codec, count in coded if codec is not None and count]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The bands of one rate, in the order of their rates, and their bytes in a payload."""
+
+    number: int
+    codec: Codec
+    first: int
+    count: int
+    at: int
+    size: int
+
+    def of_bands(self, z: Tensor) -> Tensor:
+        return z[self.first : self.first + self.count]
+
+    def of_payload(self, payload: Tensor) -> Tensor:
+        return payload[self.at : self.at + self.size]
+
+
 @lru_cache(maxsize=4096)
 def _for_cpu(transform: Transform, shape: torch.Size) -> tuple[Place, cpu.Coders] | None:
     """Where elements are, and how each rate is coded, as the kernels for the CPU take it."""
-    place, found, at = transform._placed(shape), [], transform._first_bands()
+    place, found = transform._placed(shape), []
     if place is None:
         return None
-    for number, codec, count in transform._classes():
+    for part in transform._parts(place.positions):
+        codec = part.codec
         if isinstance(codec, Subsample):
             kind, bits, table = "subsample", codec.block, levels(1).table
         elif isinstance(codec, Rotate):
@@ -383,8 +406,7 @@ def _for_cpu(transform: Transform, shape: torch.Size) -> tuple[Place, cpu.Coders
         else:
             assert isinstance(codec, Dither)
             kind, bits, table = "dither", codec.bits, ()
-        found.append(cpu.Bands(kind, bits, number, count, at, table))
-        at += _aligned(codec.size([count * place.positions], torch.float32))
+        found.append(cpu.Bands(kind, bits, part.number, part.count, part.at, table))
     return place, cpu.coders(found)
 
 

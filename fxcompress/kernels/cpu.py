@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -194,7 +194,7 @@ def magnitude_decode(payload: Tensor, x: Tensor, levels: int, group: int) -> Non
 def rotate_encode(
     x: Tensor,
     payload: Tensor,
-    table: Sequence[int],
+    table: tuple[int, ...],
     bits: int,
     group: int,
     eden: bool,
@@ -204,15 +204,15 @@ def rotate_encode(
     before: Prologue | None = None,
 ) -> None:
     """Write the payload of `x` (float32, bfloat16 or float16). See `codecs.rotate`."""
-    levels, kind = _int32s(table), _FLOATS[x.dtype]
-    kinds = (ctypes.addressof(levels), bits, group, eden, centred, kind, _prologue(before))
+    kind = _FLOATS[x.dtype]
+    kinds = (_address_of(table), bits, group, eden, centred, kind, _prologue(before))
     _call("fxc_rotate_encode", x, x, payload, *kinds, k_a, k_b)
 
 
 def rotate_decode(
     payload: Tensor,
     x: Tensor,
-    table: Sequence[int],
+    table: tuple[int, ...],
     bits: int,
     group: int,
     centred: bool,
@@ -221,26 +221,24 @@ def rotate_decode(
     mask: Tensor | None = None,
 ) -> None:
     """Fill `x` (float32, bfloat16 or float16) from its payload. See `codecs.rotate`."""
-    levels, kind = _int32s(table), _FLOATS[x.dtype]
-    kinds = (ctypes.addressof(levels), bits, group, centred, kind, _address(mask))
+    kind = _FLOATS[x.dtype]
+    kinds = (_address_of(table), bits, group, centred, kind, _address(mask))
     _call("fxc_rotate_decode", x, payload, x, *kinds, k_a, k_b)
 
 
 def subsample_encode(
-    x: Tensor, payload: Tensor, table: Sequence[int], block: int, k_a: int, k_b: int
+    x: Tensor, payload: Tensor, table: tuple[int, ...], block: int, k_a: int, k_b: int
 ) -> None:
     """Write the payload of `x` (float32, bfloat16 or float16). See `codecs.subsample`."""
-    levels, kind = _int32s(table), _FLOATS[x.dtype]
-    at = ctypes.addressof(levels)
+    at, kind = _address_of(table), _FLOATS[x.dtype]
     _call("fxc_subsample_encode", x, x, payload, at, block, kind, k_a, k_b)
 
 
 def subsample_decode(
-    payload: Tensor, x: Tensor, table: Sequence[int], block: int, k_a: int, k_b: int
+    payload: Tensor, x: Tensor, table: tuple[int, ...], block: int, k_a: int, k_b: int
 ) -> None:
     """Fill `x` (float32, bfloat16 or float16) from its payload. See `codecs.subsample`."""
-    levels, kind = _int32s(table), _FLOATS[x.dtype]
-    at = ctypes.addressof(levels)
+    at, kind = _address_of(table), _FLOATS[x.dtype]
     _call("fxc_subsample_decode", x, payload, x, at, block, kind, k_a, k_b)
 
 
@@ -277,16 +275,10 @@ def coders(bands: Sequence[Bands]) -> Coders:
     """Of bands in the order of their rates; to be kept by the caller, for many calls."""
     kinds = ("rotate", "dither", "subsample")
     rows = [
-        _Coder(kinds.index(b.kind), b.bits, b.number, b.count, b.at, _table(b.table)) for b in bands
+        _Coder(kinds.index(b.kind), b.bits, b.number, b.count, b.at, _address_of(b.table))
+        for b in bands
     ]
     return Coders((_Coder * len(rows))(*rows), sum(b.count for b in bands))
-
-
-def _table(values: tuple[int, ...]) -> int:
-    return ctypes.addressof(_tables.setdefault(values, _int32s(values)))
-
-
-_tables: dict[tuple[int, ...], ctypes.Array[ctypes.c_int32]] = {}  # whose addresses are in use
 
 
 def transform_encode(
@@ -344,7 +336,12 @@ def _place(place: Place) -> _Place:
     return _Place(*pairs, place.positions, place.channels, place.width)
 
 
-def _int32s(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
+def _address_of(table: tuple[int, ...]) -> int:
+    return ctypes.addressof(_int32s(table))
+
+
+@cache  # there are a few tables, and kernels keep their addresses
+def _int32s(values: tuple[int, ...]) -> ctypes.Array[ctypes.c_int32]:
     return (ctypes.c_int32 * len(values))(*values)
 
 
