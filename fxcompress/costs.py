@@ -39,13 +39,18 @@ from fxcompress.program import TIME_PRICE
 
 log = logging.getLogger("fxcompress")
 
-FORMAT = 7
+FORMAT = 8
 LARGEST_FILE = 1 << 20
 # Each saved byte is written, read again in the backward, and has a gradient that is written and
 # read, and as much again is moved on the way: an estimate for what no matrix product counts.
 MOVES = 6
 _ELEMENTS = 1 << 19
 _GPU_ELEMENTS = 1 << 26  # more than caches hold
+# Memory is what all wait for there, and each has kernels to compile: a few stand for their kin.
+_ON_GPU = (
+    *("affine(bits=8)", "affine(bits=4)", "affine(bits=1)", "dither(bits=4)"),
+    *("rotate(bits=5)", "rotate(bits=2)", "subsample(rate=0.25)"),
+)
 _GPU_SIDE = 4096
 _BUSY = 24  # products of that size: some 4 ms of the fastest GPU
 _FEW = 64  # rows of a tensor that takes less time than the calls
@@ -229,14 +234,15 @@ def _measure(device: torch.device) -> Rates:
     def nanoseconds(spec: str) -> float:
         return round(seconds(lambda: both_ways(spec)) / x.numel() * 1e9, 5)
 
-    if on_gpu:
-        nothing = x.to("meta")
-        ahead.build([partial(both_ways, spec, nothing) for spec in specs()])
-    coders = {spec: nanoseconds(spec) for spec in specs()}
+    timed = _ON_GPU if on_gpu else specs()
     sample = x[: _ELEMENTS // _WIDTH].float()
     fitted = at_rate(fit(sample, [torch.randn_like(sample)], -1), 2.0)
-    basis = max(nanoseconds(fitted.spec) - _of_bands(fitted, coders), 0.0)
     few = x[:_FEW].contiguous()
+    if on_gpu:
+        given = [(spec, y) for spec in (*timed, fitted.spec) for y in (x, few)]
+        ahead.build([partial(both_ways, spec, y.to("meta")) for spec, y in given])
+    coders = {spec: nanoseconds(spec) for spec in timed}
+    basis = max(nanoseconds(fitted.spec) - _of_bands(fitted, coders), 0.0)
 
     def both_calls(spec: str, each: float) -> float:
         """Seconds of the operators on so few elements, of which each takes `each` nanoseconds."""
@@ -317,20 +323,26 @@ def _wait(device: torch.device) -> None:
 
 
 def _nanoseconds(spec: str, found: Rates) -> float:
-    """Of one element; a spec that was not timed takes as long as its nearest kin."""
-    if spec in found.coders:
-        return found.coders[spec]
+    """Of one element."""
     given = codec(spec)
     if isinstance(given, Transform):
         return found.basis + _of_bands(given, found.coders)
-    kin = [v for k, v in found.coders.items() if k.startswith(given.name)]
-    return max(kin, default=found.coders["affine(bits=1)"])
+    return _of_coder(spec, found.coders)
+
+
+def _of_coder(spec: str, coders: Mapping[str, float]) -> float:
+    """The time that was taken of it, or the longest of its kin."""
+    if spec in coders:
+        return coders[spec]
+    kin = [v for k, v in coders.items() if k.startswith(codec(spec).name)]
+    return max(kin, default=coders["affine(bits=1)"])
 
 
 def _of_bands(given: Transform, coders: Mapping[str, float]) -> float:
     """What the coders inside take, an element of the whole tensor."""
     inside = [coder(RATES[n]) for n in states.arrays(given.rates)["rates"]]
-    return sum(coders[c.spec.replace(",mean=none", "")] for c in inside if c) / len(inside)
+    times = (_of_coder(c.spec.replace(",mean=none", ""), coders) for c in inside if c)
+    return sum(times) / len(inside)
 
 
 def _flops(node: fx.Node) -> float:

@@ -241,9 +241,9 @@ def _row(
     they read, not write; `turns`: see `compile_for`."""
     from fxcompress.kernels.triton.aot import compile_for, warp_of
 
-    code, threads = compile_for(target, launch, turns), launch.warps * warp_of(target)
+    tiles = _tiles(launch)
+    code, threads = compile_for(target, launch, turns * tiles), launch.warps * warp_of(target)
     device, moved = DEVICES[target], code.moved_bytes * launch.programs
-    tiles = int(launch.constants.get("TILES", 1))
     instructions = code.instructions.total() * tiles * threads * launch.programs
     elements = own // x.element_size()
     seconds = max(
@@ -261,6 +261,12 @@ def _row(
         estimated_gb_s=own / GB / seconds,
         estimated_for=device.name,
     )
+
+
+def _tiles(launch: kernels.Launch) -> int:
+    """That each program takes, one after the other."""
+    names = [name for name in launch.kernel.arg_names if name not in launch.constants]
+    return int(dict(zip(names, launch.arguments, strict=True)).get("tiles", 1))
 
 
 def _access(code: Code, reads: bool, needed: int) -> int:

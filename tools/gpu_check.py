@@ -5,18 +5,18 @@
 Needs a GPU, torch, triton, and what they are usually installed with; fxcompress need not be
 installed. Each part is measured as long as time is left, and written down when it is done:
 
-    fill      every step below is compiled once, each by a process of its own, side by side, so that
-              the caches are full when steps are timed
+    fill      codecs are timed; then every step below is compiled once, each by a process of its
+              own, side by side, so that the caches are full when steps are timed
     kernels   meanwhile: every family's kernels equal the reference on CPU, bit for bit (transform:
               within the rounding of its matrix products); in fp32, gradients of what changes no
               value equal plain Inductor's
     graphs    under a CUDA graph each replay draws new noise, and decodes what eager code does
-    bandwidth of kernels, beside the device's own copy
     cnn       ResNet-50 in bf16, by policy: step, saved bytes, error of the gradient and true peak
               (torch.cuda.max_memory_allocated) beside plain Inductor and PyTorch's memory budget;
               auto@12 saves 1/12 of the bytes, auto@1100MB has that budget (40 % of plain's peak)
               and fails where a step takes more
     gpt       as cnn, for a GPT of GPT-2's size
+    bandwidth of kernels, beside the device's own copy
     compile   seconds of the first step of ResNet-50 with empty caches
     largest   the largest batch of ResNet-50 within a fixed peak: predicted, then run
 
@@ -38,7 +38,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
+from fxcompress import costs  # noqa: E402
 from fxcompress.tools import gpu_kernels  # noqa: E402
 from fxcompress.tools.gpu_steps import Model, exactness, is_sound, measure  # noqa: E402
 
@@ -146,18 +147,17 @@ _Part = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 def _parts(run: Run) -> dict[str, _Part]:
     """By name, in order; each is given what was found before."""
-    on_gpu: dict[str, _Part] = {
-        "graphs": lambda _: gpu_kernels.graphs(),
-        "bandwidth": lambda _: gpu_kernels.bandwidth(run.device, run.elements),
-    }
-    return {
+    parts: dict[str, _Part] = {
         "fill": lambda _: fill(run),
-        **(on_gpu if run.device == "cuda" else {}),
+        "graphs": lambda _: gpu_kernels.graphs(),
         "cnn": lambda _: steps(run, run.cnn),
         "gpt": lambda _: steps(run, run.gpt),
+        "bandwidth": lambda _: gpu_kernels.bandwidth(run.device, run.elements),
         "compile": lambda _: cold(run),
         "largest": lambda found: largest(run, found.get("cnn", {}).get("rows", {})),
     }
+    only_on_gpu = ("graphs", "bandwidth") if run.device == "cpu" else ()
+    return {name: part for name, part in parts.items() if name not in only_on_gpu}
 
 
 def _machine(run: Run) -> dict[str, Any]:
@@ -211,6 +211,10 @@ def _asked(model: Model, policy: str) -> list[str]:
 def fill(run: Run) -> dict[str, Any]:
     """Compile every step side by side; check kernels and exactness meanwhile."""
     cores = os.cpu_count() or 1
+    start = time.perf_counter()
+    rates = costs.rates(run.device)  # all plan by one table, measured while nothing else runs
+    timed = {"seconds": time.perf_counter() - start, **asdict(rates)}
+    print("rates", timed, flush=True)
     jobs = {f"{m.spec} {p}": _asked(m, p) for m in (run.cnn, run.gpt) for p in m.policies}
     jobs |= {f"{spec} in fp32": ["--exact", spec, *sizes] for spec, *sizes in SMALL}
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "1"}
@@ -228,7 +232,7 @@ def fill(run: Run) -> dict[str, Any]:
         kernels = gpu_kernels.equality(run.device, end)
         rows = {name: row.result() for name, row in under_way.items()}
     ok = kernels["ok"] and all(map(is_sound, rows.values()))
-    return {"ok": ok, "kernels": kernels, "rows": rows}
+    return {"ok": ok, "rates": timed, "kernels": kernels, "rows": rows}
 
 
 def steps(run: Run, model: Model) -> dict[str, Any]:

@@ -19,6 +19,8 @@ there are such: coefficients equal those of the reference within rounding, not b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -35,6 +37,12 @@ _THREADS = 256
 # of the largest GPU: read for each tile, its 16 KB were a quarter to a half of all bytes.
 _LONGEST = 64
 _PROGRAMS = 512
+
+# Arguments whose values Triton must not compile for: a ResNet-50 took 90 kernels, and its trial on
+# a part of the batch as many again. Where channels run fastest, the unit of the strides says all
+# that the compiler can use; else it sees how neighbours of one row lie.
+_COUNTS = ["height", "positions", "blocks", "tiles", "first", "line", "coded"]
+_STRIDES = ["wide", "lead", "down", "along", "channel"]
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,7 @@ def put(z, out, row, p, positions, real, FAST: tl.constexpr):
         tl.store(to, z, (p < positions)[None, :, None] & real[None, None, :])
 
 
-@triton.jit(do_not_specialize=["first", "line"])
+@triton.jit(do_not_specialize=_COUNTS)
 def analyse_kernel(
     x,
     mean,
@@ -178,17 +186,17 @@ def analyse_kernel(
     along,
     channel,
     positions,
+    blocks,
+    tiles,
     first,
     line,
     SIDE_H: tl.constexpr,
     SIDE_W: tl.constexpr,
     UNIT: tl.constexpr,
-    BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
     HALF: tl.constexpr,
     P: tl.constexpr,
-    TILES: tl.constexpr,
     QUARTER: tl.constexpr,
     SCALE: tl.constexpr,
     ENERGIES: tl.constexpr,
@@ -199,20 +207,20 @@ def analyse_kernel(
     COUNT: tl.constexpr = SIDE_H * SIDE_W
     TWO: tl.constexpr = LANES > HALF
     positions *= QUARTER
-    run, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    run, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     c, d = tl.arange(0, LANES), tl.arange(0, HALF)
     column = block * WIDTH + c
     centre = tl.load(mean + column, c < WIDTH, other=0.0)[None, None, :]
     left = half(analysis, block, 0, WIDTH, LANES, HALF)
     right = half(analysis, block, 1, WIDTH, LANES, HALF) if TWO else left
-    place = tl.arange(0, COUNT)[:, None] * (BLOCKS * WIDTH) + block * WIDTH
+    place = tl.arange(0, COUNT)[:, None] * (blocks * WIDTH) + block * WIDTH
     if not ENERGIES:
         row_l = tl.load(rows + place + d[None, :], (d < WIDTH)[None, :], other=0)
         row_r = tl.load(rows + place + HALF + d[None, :], (HALF + d < WIDTH)[None, :], other=0)
     total_l = tl.zeros((COUNT, HALF), tl.float32)
     total_r = tl.zeros((COUNT, HALF), tl.float32)
-    for t in range(TILES):
-        p = (first + run * TILES + t) * P + tl.arange(0, P)
+    for t in range(tiles):
+        p = (first + run * tiles + t) * P + tl.arange(0, P)
         at = offsets(p, column, height, wide, lead, down, along, channel, SIDE_H, SIDE_W, UNIT)
         if FAST:
             y = tl.load(x + at).to(tl.float32) - centre
@@ -233,7 +241,7 @@ def analyse_kernel(
             else:
                 put(z, out, row_r, p, positions, HALF + d < WIDTH, FAST)
     if ENERGIES:
-        to = out + (line + run).to(tl.int64) * (COUNT * BLOCKS * WIDTH) + place + d[None, :]
+        to = out + (line + run).to(tl.int64) * (COUNT * WIDTH * blocks) + place + d[None, :]
         tl.store(to, total_l, (d < WIDTH)[None, :])
         if TWO:
             tl.store(to + HALF, total_r, (HALF + d < WIDTH)[None, :])
@@ -270,7 +278,7 @@ def give(
         store_float(x + at, y + centre, inside, LIMIT)
 
 
-@triton.jit(do_not_specialize=["first", "line"])
+@triton.jit(do_not_specialize=_COUNTS)
 def synthesise_kernel(
     z,
     mean,
@@ -284,18 +292,18 @@ def synthesise_kernel(
     along,
     channel,
     positions,
-    coded,
+    blocks,
+    tiles,
     first,
     line,
+    coded,
     SIDE_H: tl.constexpr,
     SIDE_W: tl.constexpr,
     UNIT: tl.constexpr,
-    BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
     HALF: tl.constexpr,
     P: tl.constexpr,
-    TILES: tl.constexpr,
     QUARTER: tl.constexpr,
     SCALE: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -306,14 +314,14 @@ def synthesise_kernel(
     COUNT: tl.constexpr = SIDE_H * SIDE_W
     TWO: tl.constexpr = LANES > HALF
     positions *= QUARTER
-    run, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    run, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     c, d = tl.arange(0, LANES), tl.arange(0, HALF)
     left = half(synthesis, block, 0, WIDTH, LANES, HALF)
     right = half(synthesis, block, 1, WIDTH, LANES, HALF) if TWO else left
-    band = tl.arange(0, COUNT)[:, None] * (BLOCKS * WIDTH) + (block * WIDTH + c)[None, :]
+    band = tl.arange(0, COUNT)[:, None] * (blocks * WIDTH) + (block * WIDTH + c)[None, :]
     row = tl.load(rows + band, (c < WIDTH)[None, :], other=0)[:, None, :]
-    for t in range(TILES):
-        p = (first + run * TILES + t) * P + tl.arange(0, P)
+    for t in range(tiles):
+        p = (first + run * tiles + t) * P + tl.arange(0, P)
         known = row < coded
         if not FAST:
             known &= (p < positions)[None, :, None] & (c < WIDTH)[None, None, :]
@@ -355,17 +363,18 @@ def synthesise(
 
 
 def _launches(
-    kernel: object, given: tuple[object, ...], place: Place, x: Tensor, **constants: object
+    kernel: Any, given: tuple[object, ...], place: Place, x: Tensor, **constants: object
 ) -> list[Launch]:
     """Whole tiles, and the masked rest. `given` are the arguments around those of the place."""
-    unit = place.channels if place.strides[3] == 1 else 1
+    unit = place.width if place.strides[3] == 1 else 1
+    if unit > 1:
+        kernel = _for_any_strides(kernel)
     strides = tuple(stride // unit for stride in place.strides[:3])
     blocks = place.channels // place.width
     shape = {
         "SIDE_H": place.sides[0],
         "SIDE_W": place.sides[1],
         "UNIT": unit,
-        "BLOCKS": blocks,
         "WIDTH": place.width,
         "LANES": _lanes(place),
         "HALF": min(_lanes(place), 32),
@@ -377,8 +386,15 @@ def _launches(
     for run in _runs(place):
         quarter = 4 if run.fast else 1
         where = (*place.blocks, *strides, place.strides[3], place.positions // quarter)
-        tile = {"TILES": run.tiles, "QUARTER": quarter, "FAST": run.fast}
-        arguments = (*given[:5], *where, *given[5:], run.first, run.line)
+        which = (blocks, run.tiles, run.first, run.line)
+        tile = {"QUARTER": quarter, "FAST": run.fast}
+        arguments = (*given[:5], *where, *which, *given[5:])
         programs, warps = run.programs * blocks, _THREADS // warp_size()
         found.append(Launch(kernel, programs, warps, arguments, {**shape, **constants, **tile}))
     return found
+
+
+@cache
+def _for_any_strides(kernel: Any) -> Any:
+    """The same kernel, compiled without a look at the strides either."""
+    return triton.jit(kernel.fn, do_not_specialize=[*_COUNTS, *_STRIDES])
