@@ -14,6 +14,7 @@ from fxcompress import report, rng, shares, torch_private
 from fxcompress.automatic import automatic, record_part
 from fxcompress.errors import FxCompressError
 from fxcompress.evidence import Calibration
+from fxcompress.kernels import cpu
 from fxcompress.pipeline import Partitioner, Planned, Role, may_be_tried, shares_a_budget
 from fxcompress.plan import Plan, merge
 from fxcompress.planner import Given
@@ -165,6 +166,8 @@ class Backend:
         role: Role = Role(),  # noqa: B008 (frozen)
     ) -> tuple[Callable[..., Any], Planned | None]:
         """(what runs, what was decided if that is to be made again)."""
+        if policy(settings.policy).solves and any(map(_trains_on_cpu, inputs)):
+            cpu.start()  # while the graph is traced
         frame, ledger = torch_private.compile_id(), self.partitioner.ledger
         name = report.graph_key(module, inputs, Partitioner(settings, ledger).key())
         is_tried = may_be_tried(settings)
@@ -273,6 +276,10 @@ class Backend:
         self.shares.clear()
         self.plans.clear()
         self.released.clear()
+
+
+def _trains_on_cpu(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.requires_grad and x.device.type == "cpu"
 
 
 def _place(settings: Settings) -> str:

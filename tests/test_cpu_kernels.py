@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
+import signal
+from concurrent.futures import Future
 from itertools import product
 
 import pytest
@@ -49,3 +53,22 @@ def test_kernel_equals_reference(c: Codec) -> None:
             integers = torch.int32 if dtype == torch.float32 else torch.int16
             kept = [t.nan_to_num(0.0).view(integers) for t in (decoded, expected)]
             assert torch.equal(*kept)
+
+
+def test_a_forked_process_waits_for_no_thread_of_its_parent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compiling is waited for in threads, which a fork leaves behind."""
+    unit = next(unit for unit in cpu._UNITS if "affine" in unit)
+    cpu._forget()
+    never: Future[ctypes.CDLL | None] = Future()
+    monkeypatch.setattr(cpu, "_load", lambda unit: never.result())
+    assert not cpu._begun(unit).done()
+    monkeypatch.undo()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # ends one that waits
+        os._exit(0 if cpu.available("affine") else 1)
+    never.set_result(None)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    cpu._forget()

@@ -34,7 +34,8 @@ from fxcompress.kernels import cpu, triton
 @pytest.fixture(autouse=True)
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cache folder of the test's own, and nothing remembered in memory."""
-    cpu.available()  # compiled once, into the folder of the whole session
+    for family in cpu.FAMILIES:  # compiled once, into the folder of the whole session
+        cpu.available(family)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     forget(monkeypatch)
     with no_leftovers():

@@ -264,7 +264,8 @@ def _share(name: str) -> float:
 def _import_inductor(device: str) -> None:
     """Imports, compiler checks, and what is made once a machine (our CPU kernels, the table of
     codec times), so that the first policy is not billed for them."""
-    cpu.available()
+    for family in cpu.FAMILIES:
+        cpu.available(family)
     costs.rates(device)
     with torch_private.fresh_compile_caches():
         x = torch.ones(64, requires_grad=True, device=device)

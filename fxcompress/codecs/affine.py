@@ -141,7 +141,7 @@ class Affine(Fusing):
         if (
             not (self._has_kernels and self.stochastic)
             or x.device.type != "cpu"
-            or not cpu.available()
+            or not cpu.available("affine")
         ):
             return False
         assert key is not None
@@ -163,7 +163,7 @@ class Affine(Fusing):
             sections = self.carve(payload, x.shape)
             triton.run(gpu.decode(sections, x, self.bits, self.group, mask))
             return True
-        if not self._has_kernels or x.device.type != "cpu" or not cpu.available():
+        if not self._has_kernels or x.device.type != "cpu" or not cpu.available("affine"):
             return False
         cpu.affine_decode(payload, x, self.bits, self.group, mask)
         return True

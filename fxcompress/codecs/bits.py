@@ -60,7 +60,7 @@ class Bits(Codec):
 
             triton.run(gpu.encode(x, payload, self.bits, self.low))
             return True
-        if x.device.type != "cpu" or not cpu.available():
+        if x.device.type != "cpu" or not cpu.available("bits"):
             return False
         cpu.bits_encode(x, payload, self.bits, self.low)
         return True
@@ -71,7 +71,7 @@ class Bits(Codec):
 
             triton.run(gpu.decode(payload, x, self.bits, self.low))
             return True
-        if x.device.type != "cpu" or not cpu.available():
+        if x.device.type != "cpu" or not cpu.available("bits"):
             return False
         cpu.bits_decode(payload, x, self.bits, self.low)
         return True

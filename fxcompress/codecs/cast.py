@@ -98,7 +98,7 @@ class Cast(Codec):
             parts = carve(payload, *self._sections(x.shape))
             triton.run(gpu.encode(x, parts, self.group, used, stream))
             return True
-        if not self.group or x.device.type != "cpu" or not cpu.available():
+        if not self.group or x.device.type != "cpu" or not cpu.available("cast"):
             return False
         keys = None if used is None else rng.stream_key_ints(used, stream)
         cpu.cast_encode(x, payload, self.format, self.group, keys)
@@ -110,7 +110,7 @@ class Cast(Codec):
 
             triton.run(gpu.decode(carve(payload, *self._sections(x.shape)), x, self.group))
             return True
-        if not self.group or x.device.type != "cpu" or not cpu.available():
+        if not self.group or x.device.type != "cpu" or not cpu.available("cast"):
             return False
         cpu.cast_decode(payload, x, self.format, self.group)
         return True

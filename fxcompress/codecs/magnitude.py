@@ -76,7 +76,7 @@ class Magnitude(Codec):
             parts = carve(payload, *self._sections(x.shape))
             triton.run(gpu.encode(x, parts, self.levels, euclidean, self.bucket, key, stream))
             return True
-        if x.device.type != "cpu" or not cpu.available():
+        if x.device.type != "cpu" or not cpu.available("magnitude"):
             return False
         keys = rng.stream_key_ints(key, stream)
         cpu.magnitude_encode(x, payload, self.levels, euclidean, self.bucket, *keys)
@@ -91,7 +91,7 @@ class Magnitude(Codec):
             parts = carve(payload, *self._sections(x.shape))
             triton.run(gpu.decode(parts, x, self.levels, self.bucket))
             return True
-        if x.device.type != "cpu" or not cpu.available():
+        if x.device.type != "cpu" or not cpu.available("magnitude"):
             return False
         cpu.magnitude_decode(payload, x, self.levels, self.bucket)
         return True

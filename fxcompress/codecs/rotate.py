@@ -116,7 +116,7 @@ class Rotate(Fusing):
             kind = (self.bits, self.group, self.scale == "eden")
             triton.run(gpu.encode(x, parts, found, *kind, key, stream, before))
             return True
-        if x.device.type != "cpu" or not cpu.available():
+        if x.device.type != "cpu" or not cpu.available("rotate"):
             return False
         assert key is not None
         k_a, k_b = rng.stream_key_ints(key, stream)
@@ -138,7 +138,7 @@ class Rotate(Fusing):
             parts, found = carve(payload, *self._sections(x.numel())), levels(self.bits)
             triton.run(gpu.decode(parts, x, found, self.bits, self.group, key, stream, mask))
             return True
-        if x.device.type != "cpu" or not cpu.available():
+        if x.device.type != "cpu" or not cpu.available("rotate"):
             return False
         assert key is not None
         k_a, k_b = rng.stream_key_ints(key, stream)

@@ -68,7 +68,7 @@ class Subsample(Codec):
             parts = carve(payload, *self._sections(x.numel()))
             triton.run(gpu.encode(x, parts, levels(1), self.block, key, stream))
             return True
-        if x.device.type != "cpu" or not cpu.available():
+        if x.device.type != "cpu" or not cpu.available("subsample"):
             return False
         assert key is not None
         keys = rng.stream_key_ints(key, stream)
@@ -82,7 +82,7 @@ class Subsample(Codec):
             parts = carve(payload, *self._sections(x.numel()))
             triton.run(gpu.decode(parts, x, levels(1), self.block, key, stream))
             return True
-        if x.device.type != "cpu" or not cpu.available():
+        if x.device.type != "cpu" or not cpu.available("subsample"):
             return False
         assert key is not None
         keys = rng.stream_key_ints(key, stream)

@@ -212,7 +212,7 @@ class Transform(Codec):
         """There may be: which shapes they take, `placed` says."""
         if not fits(self._sides(), self._width()):
             return False
-        return (torch.cuda.is_available() and triton.installed()) or cpu.available()
+        return (torch.cuda.is_available() and triton.installed()) or cpu.available("transform")
 
     def _place(self, x: Tensor) -> Place | None:
         """Where the GPU's kernels find its elements; None where ATen does the work."""
@@ -412,7 +412,7 @@ def _for_cpu(transform: Transform, shape: torch.Size) -> tuple[Place, cpu.Coders
 
 def _on_cpu(x: Tensor) -> bool:
     """Our kernels for the CPU do the work."""
-    return x.device.type == "cpu" and not triton.takes(x, 1) and cpu.available()
+    return x.device.type == "cpu" and not triton.takes(x, 1) and cpu.available("transform")
 
 
 def _energies(z: Tensor) -> Tensor:

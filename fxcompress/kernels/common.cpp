@@ -1,5 +1,5 @@
-// What the CPU kernels of all codecs share. cpu.py compiles this file and each family's own as one
-// source, through torch_private.load_cpp, which keeps floating point exact. Kernels are single
+// What the CPU kernels of all codecs share. cpu.py compiles this file and those of a few families as
+// one source, through torch_private.load_cpp, which keeps floating point exact. Kernels are single
 // pass, have a C ABI (ctypes) and give the bits that the reference in fxcompress/codecs/ defines.
 
 #include <algorithm>
@@ -76,6 +76,11 @@ inline u32 mix(u32 x) {
     x *= 0x846ca68bu;
     return x ^ (x >> 16);
 }
+
+struct Keys {
+    u32 a, b;
+    inline u32 hash(u32 index) const { return mix(mix(index ^ a) + b); }
+};
 
 // ---- planar packing of one group of `size` (a multiple of 8) codes ----
 
@@ -179,5 +184,3 @@ bool choose_float(int type, int bits, Call call) {
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
-
-EXPORT void fxc_want_huge_pages(void* start, i64 bytes) { want_huge_pages(start, bytes); }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
+from threading import Thread
 from typing import Any
 
 import torch
@@ -22,11 +25,19 @@ _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Below this many elements (about 20 us of work), waking other threads costs more than it saves.
 _PARALLEL = 1 << 16
 
-# One translation unit, in this order.
-_SOURCES = (
-    *("common", "prologue", "affine", "bits", "cast", "dither", "magnitude", "rotate", "subsample"),
-    "transform",
+# What is compiled as one, after `_SHARED`, and side by side with the others: all in one took 43 s.
+_UNITS = (
+    *(("affine", "dither"), ("rotate", "subsample"), ("transform",)),
+    *(("bits",), ("cast",), ("magnitude",)),
 )
+_SHARED = ("common", "prologue")
+FAMILIES = tuple(family for unit in _UNITS for family in unit)
+# What codes the bands of `transform`.
+_CODERS = {
+    "rotate": ("fxc_rotate_encode", "fxc_rotate_decode"),
+    "dither": ("fxc_affine_encode", "fxc_dither_decode"),
+    "subsample": ("fxc_subsample_encode", "fxc_subsample_decode"),
+}
 
 _pointer, _i64, _int, _u32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32
 
@@ -49,7 +60,7 @@ class _Place(ctypes.Structure):  # transform.cpp
 class _Coder(ctypes.Structure):  # transform.cpp
     _fields_ = [
         *((name, _i64) for name in ("kind", "bits", "number", "count", "at")),
-        ("levels", _pointer),
+        *((name, _pointer) for name in ("levels", "encode", "decode")),
     ]
 
 
@@ -72,7 +83,9 @@ _ARGUMENTS = {
         *(_pointer, _pointer, _i64, _pointer, _int, _i64, _int, _int),
         *(_pointer, _u32, _u32, _int),
     ),
-    "fxc_subsample_encode": (_pointer, _pointer, _i64, _pointer, _int, _int, _u32, _u32, _int),
+    "fxc_subsample_encode": (
+        *(_pointer, _pointer, _i64, _pointer, _int, _int, _before, _u32, _u32, _int),
+    ),
     "fxc_subsample_decode": (_pointer, _pointer, _i64, _pointer, _int, _int, _u32, _u32, _int),
     "fxc_transform_encode": (
         *(_pointer, _pointer, _i64, *(_pointer,) * 4, _where, _pointer, _i64),
@@ -84,36 +97,75 @@ _ARGUMENTS = {
     ),
 }
 _OTHERS = {
-    "fxc_want_huge_pages": ((_pointer, _i64), None),
     "fxc_transform_tile": ((), _i64),
+    "fxc_transform_want_huge_pages": ((_pointer, _i64), None),
 }
 
 
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
-    folder = files("fxcompress.kernels")
-    sources = [folder.joinpath(f"{name}.cpp").read_text(encoding="utf-8") for name in _SOURCES]
-    library = load_cpp("\n".join(sources))
-    if library is not None:
-        kernels = {name: (arguments, ctypes.c_bool) for name, arguments in _ARGUMENTS.items()}
-        for name, (arguments, result) in {**kernels, **_OTHERS}.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, result
-    return library
+def start() -> None:
+    """Begin to compile what most plans use, in threads that wait for the compiler.
+
+    It is done once for each machine, 30 s of one core. Whoever needs a kernel waits for its part.
+    """
+    for unit in _UNITS:
+        if not {"cast", "magnitude"} & set(unit):
+            _begun(unit)
 
 
-def available() -> bool:
-    """True where the kernels could be compiled. The first call compiles them (some seconds)."""
-    return _library() is not None
+@cache
+def available(family: str = "affine") -> bool:
+    """True where this family's kernels could be compiled. The first call compiles them."""
+    needed = {family} | (_CODERS.keys() | {"affine"} if family == "transform" else set())
+    return all(_library(name) is not None for name in needed)
 
 
 def empty(shape: Sequence[int], device: torch.device) -> Tensor:
     """fp32 memory for a pass of its own; on CPU in huge pages, of which fewer fault at first."""
     x = torch.empty(list(shape), dtype=torch.float32, device=device)
-    library = _library() if device.type == "cpu" else None
-    if library is not None:
-        library.fxc_want_huge_pages(x.data_ptr(), x.nbytes)
+    if device.type == "cpu" and _library("transform") is not None:
+        _function("fxc_transform_want_huge_pages")(x.data_ptr(), x.nbytes)
     return x
+
+
+@cache
+def _library(family: str) -> ctypes.CDLL | None:
+    return _begun(next(unit for unit in _UNITS if family in unit)).result()
+
+
+@cache
+def _begun(unit: tuple[str, ...]) -> Future[ctypes.CDLL | None]:
+    found: Future[ctypes.CDLL | None] = Future()
+    # A daemon: a program that ends does not wait for it.
+    Thread(target=lambda: found.set_result(_load(unit)), daemon=True).start()
+    return found
+
+
+def _forget() -> None:
+    """A forked process has not the threads that its parent waits for."""
+    for kept in (available, _library, _begun):
+        kept.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _load(unit: tuple[str, ...]) -> ctypes.CDLL | None:
+    folder = files("fxcompress.kernels")
+    parts = [folder.joinpath(f"{name}.cpp").read_text("utf-8") for name in (*_SHARED, *unit)]
+    library = load_cpp("\n".join(parts))
+    if library is not None:
+        kernels = {name: (arguments, ctypes.c_bool) for name, arguments in _ARGUMENTS.items()}
+        for name, (arguments, result) in {**kernels, **_OTHERS}.items():
+            if _family(name) in unit:
+                function = getattr(library, name)
+                function.argtypes, function.restype = arguments, result
+    return library
+
+
+def _family(name: str) -> str:
+    """Of a function: fxc_FAMILY_...."""
+    return name.split("_")[1]
 
 
 def affine_encode(
@@ -231,7 +283,7 @@ def subsample_encode(
 ) -> None:
     """Write the payload of `x` (float32, bfloat16 or float16). See `codecs.subsample`."""
     at, kind = _address_of(table), _FLOATS[x.dtype]
-    _call("fxc_subsample_encode", x, x, payload, at, block, kind, k_a, k_b)
+    _call("fxc_subsample_encode", x, x, payload, at, block, kind, None, k_a, k_b)
 
 
 def subsample_decode(
@@ -273,9 +325,12 @@ class Coders:
 
 def coders(bands: Sequence[Bands]) -> Coders:
     """Of bands in the order of their rates; to be kept by the caller, for many calls."""
-    kinds = ("rotate", "dither", "subsample")
+    kinds = list(_CODERS)
     rows = [
-        _Coder(kinds.index(b.kind), b.bits, b.number, b.count, b.at, _address_of(b.table))
+        _Coder(
+            *(kinds.index(b.kind), b.bits, b.number, b.count, b.at, _address_of(b.table)),
+            *(ctypes.cast(_function(name), _pointer) for name in _CODERS[b.kind]),
+        )
         for b in bands
     ]
     return Coders((_Coder * len(rows))(*rows), sum(b.count for b in bands))
@@ -368,8 +423,8 @@ def _call(name: str, x: Tensor, source: Tensor, target: Tensor, *arguments: obje
 
 
 def _function(name: str) -> Any:
-    """Of the library, where there is one: codecs ask `available` before."""
-    return getattr(_library(), name)
+    """Of its library, where there is one: codecs ask `available` before."""
+    return getattr(_library(_family(name)), name)
 
 
 def _run(name: str, x: Tensor, *arguments: object) -> None:

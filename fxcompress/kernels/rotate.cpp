@@ -79,11 +79,6 @@ inline void hadamard(T* y, i64 n) {
 
 // ---- signs ----
 
-struct Keys {
-    u32 a, b;
-    inline u32 hash(u32 index) const { return mix(mix(index ^ a) + b); }
-};
-
 struct Signs {  // of one group: bit i%32 of words[i/32], from the hash of `word` on
     u32 words[most / 32];
     Signs(u32 word, Keys keys) {  // always for the longest group: one fixed vector loop

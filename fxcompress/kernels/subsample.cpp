@@ -73,10 +73,11 @@ void decode_subsample(const u8* payload, typename Type::Stored* x, const int32_t
 }  // namespace
 
 EXPORT bool fxc_subsample_encode(const void* x, u8* payload, i64 numel, const int32_t* levels,
-                                 int block, int type, u32 k_a, u32 k_b, int threads) {
+                                 int block, int type, const Prologue* before, u32 k_a, u32 k_b,
+                                 int threads) {
     return choose<F32, BF16, F16>(type, [=](auto t) {
         auto* in = static_cast<const typename decltype(t)::Stored*>(x);
-        encode_subsample<decltype(t)>(in, payload, levels, numel, block, nullptr, Keys{k_a, k_b},
+        encode_subsample<decltype(t)>(in, payload, levels, numel, block, before, Keys{k_a, k_b},
                                       threads);
         return true;
     });

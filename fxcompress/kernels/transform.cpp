@@ -369,7 +369,18 @@ struct Coder {  // as in cpu.py
     i64 kind, bits;  // rotate, dither, or subsample, of which `bits` is the block
     i64 number, count, at;  // of the rate; bands it has; where in the payload they are
     const int32_t* levels;
+    void *encode, *decode;  // the kernels of that family, which are compiled elsewhere
 };
+
+using EncodeRotate = bool(const void*, u8*, i64, const int32_t*, int, i64, int, int, int,
+                          const Prologue*, u32, u32, int);
+using DecodeRotate = bool(const u8*, void*, i64, const int32_t*, int, i64, int, int, const u8*, u32,
+                          u32, int);
+using EncodeAffine = bool(const void*, u8*, i64, i64, int, int, const Prologue*, u32, u32, int);
+using DecodeDither = bool(const u8*, void*, i64, i64, int, int, const u8*, u32, u32, int);
+using EncodeSubsample = bool(const void*, u8*, i64, const int32_t*, int, int, const Prologue*, u32,
+                             u32, int);
+using DecodeSubsample = bool(const u8*, void*, i64, const int32_t*, int, int, u32, u32, int);
 
 constexpr i64 coded_group = 256, numbers_at = 4;  // in the payload
 constexpr i64 few = 1 << 16;  // elements: waking other threads for them costs more than it saves
@@ -391,49 +402,46 @@ inline void for_coders(const Coder* coders, i64 number, const Place& place, cons
     }
 }
 
-// Of bands z[order[.]].
+// Of bands z[order[.]]. Type 0 is fp32.
 inline void encode_bands(const float* z, const i64* order, const Coder& coder, i64 numel,
                          i64 length, u8* payload, Keys keys, int threads) {
-    const u32* x = reinterpret_cast<const u32*>(z);
     Prologue gathered = {};
     gathered.rows = order;
     gathered.length = length;
-    const Prologue* before = &gathered;
+    const int bits = int(coder.bits);
     if (coder.kind == 0)
-        choose<Int<1>, Int<2>, Int<3>, Int<4>, Int<5>>(coder.bits - 1, [=](auto b) {
-            encode_rotate<F32, b()>(x, payload, coder.levels, numel, coded_group, true, false, before,
-                                    keys, threads);
-            return true;
-        });
+        reinterpret_cast<EncodeRotate*>(coder.encode)(z, payload, numel, coder.levels, bits,
+                                                      coded_group, true, false, 0, &gathered, keys.a,
+                                                      keys.b, threads);
     if (coder.kind == 1)
-        choose_bits(coder.bits, [=](auto b) {
-            encode_affine<F32, b()>(x, payload, numel, coded_group, before, keys.a, keys.b, threads);
-            return true;
-        });
+        reinterpret_cast<EncodeAffine*>(coder.encode)(z, payload, numel, coded_group, bits, 0,
+                                                      &gathered, keys.a, keys.b, threads);
     if (coder.kind == 2)
-        encode_subsample<F32>(x, payload, coder.levels, numel, coder.bits, before, keys, threads);
+        reinterpret_cast<EncodeSubsample*>(coder.encode)(z, payload, numel, coder.levels, bits, 0,
+                                                         &gathered, keys.a, keys.b, threads);
 }
 
 // Into bands that are side by side.
 inline void decode_bands(const u8* payload, float* z, const Coder& coder, i64 numel, Keys keys,
                          int threads) {
-    u32* out = reinterpret_cast<u32*>(z);
+    const int bits = int(coder.bits);
     if (coder.kind == 0)
-        choose<Int<1>, Int<2>, Int<3>, Int<4>, Int<5>>(coder.bits - 1, [=](auto b) {
-            decode_rotate<F32, b()>(payload, out, coder.levels, numel, coded_group, false, nullptr, keys,
-                                    threads);
-            return true;
-        });
+        reinterpret_cast<DecodeRotate*>(coder.decode)(payload, z, numel, coder.levels, bits,
+                                                      coded_group, false, 0, nullptr, keys.a, keys.b,
+                                                      threads);
     if (coder.kind == 1)
-        decode_dither<F32>(payload, out, numel, coded_group, coder.bits, nullptr, keys.a, keys.b,
-                           threads);
+        reinterpret_cast<DecodeDither*>(coder.decode)(payload, z, numel, coded_group, bits, 0,
+                                                      nullptr, keys.a, keys.b, threads);
     if (coder.kind == 2)
-        decode_subsample<F32>(payload, out, coder.levels, numel, coder.bits, keys, threads);
+        reinterpret_cast<DecodeSubsample*>(coder.decode)(payload, z, numel, coder.levels, bits, 0,
+                                                         keys.a, keys.b, threads);
 }
 
 }  // namespace
 
 EXPORT i64 fxc_transform_tile() { return tile; }
+
+EXPORT void fxc_transform_want_huge_pages(void* start, i64 bytes) { want_huge_pages(start, bytes); }
 
 // All of a payload but the version of its basis and its means. Scratch: z [bands, positions],
 // energies [tiles, bands].
