@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -446,6 +447,33 @@ def test_launches_are_recorded_without_a_gpu() -> None:
         Affine(4).encode(torch.empty(0, device="meta"), key, STREAM)
     assert not launches
     assert not kernels.takes(torch.ones(8), 256)
+
+
+@compiled
+def test_one_kernel_of_transform_is_for_all_sizes() -> None:
+    """Else a ResNet has a hundred, of two seconds each: only blocks, types and tails differ."""
+    from fxcompress.kernels.place import placed
+    from fxcompress.kernels.triton import aot
+    from fxcompress.kernels.triton import transform as gpu
+
+    def meta(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    found = set()
+    for batch, side, channels in product((3, 64), (56, 28, 12), (64, 192, 2048)):
+        x = meta(batch, side, side, channels, of=torch.bfloat16)
+        place = placed(x.shape, 3, (4, 4), 64)
+        assert place is not None
+        mean, matrices = meta(channels), meta(channels // 64, 64, 64)
+        rows, z = meta(place.bands, of=torch.int64), meta(place.bands, place.positions)
+        with kernels.recorded(32):
+            launches = [
+                *gpu.energies(x, mean, matrices, place, meta(gpu.lines(place), place.bands)),
+                *gpu.analyse(x, mean, matrices, place, rows, z),
+                *gpu.synthesise(z, mean, matrices, place, rows, x),
+            ]
+        found |= {(i.kernel.fn.__name__, i.warps, str(aot.specialised(i))) for i in launches}
+    assert len(found) == 6  # three kernels, of whole tiles and of the rest
 
 
 @compiled

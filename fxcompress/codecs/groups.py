@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 SIZE, SMALLEST = 256, 32  # the second: of what `rotate` pads a short group to
-_PIECE = 1 << 10  # groups whose elements stay in the cache
+_PIECE = 1 << 10  # groups whose elements stay in the CPU's cache
+_GPU_PIECE = 1 << 17  # 32 M elements: a GPU waits for the calls, not for memory
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def groups(x: Tensor, w: Tensor, *, alone: bool = True) -> Groups:
     parts = []
     if whole:
         main = [t[:, :whole].reshape(-1, SIZE) for t in (x, w)]
-        pieces = zip(*(t.split(_PIECE) for t in main), strict=True)
+        most = _PIECE if x.device.type == "cpu" else _GPU_PIECE
+        pieces = zip(*(t.split(most) for t in main), strict=True)
         parts.append(torch.cat([_sums(*piece) for piece in pieces], 1).view(7, rows, -1))
     if n > whole:
         parts.append(_sums(x[:, whole:], w[:, whole:])[:, :, None])

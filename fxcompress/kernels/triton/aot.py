@@ -69,12 +69,31 @@ def warp_of(target: str) -> int:
 
 
 def compile_for(target: str, launch: Launch, turns: int = 1) -> Code:
-    """Compile a launch as its first call would be: arguments that are 1 or None are constants, and
-    multiples of 16 known as such. Tensors, of any device (meta will do), count as aligned to 16.
+    """Compile a launch as its first call would be.
 
     turns: of a loop whose number the data decide.
     """
+    signature, constants, aligned = specialised(launch)
     device = TARGETS[target]
+    divisible = {(position,): [["tt.divisibility", 16]] for position in aligned}
+    compiled = triton.compile(
+        ASTSource(launch.kernel, signature, constants, divisible),
+        target=device,
+        options=launch.options,
+    )
+    moved = _moved(compiled.asm["ttir"], turns)
+    if device.backend == "cuda":
+        return _from_cubin(target, compiled.asm["cubin"], moved)
+    return _from_amdgcn(target, compiled.asm["amdgcn"], moved)
+
+
+def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:
+    """What a launch is compiled for: (types, constants, positions of multiples of 16).
+
+    As Triton does on a first call: arguments that are 1 or None are constants. Tensors, of any
+    device (meta will do), count as aligned to 16 bytes. Launches of one kernel that have all these
+    in common share its code.
+    """
     names = [name for name in launch.kernel.arg_names if name not in launch.constants]
     given = dict(zip(names, launch.arguments, strict=True))
     general = {p.name for p in launch.kernel.params if p.do_not_specialize}
@@ -89,20 +108,12 @@ def compile_for(target: str, launch: Launch, turns: int = 1) -> Code:
         name: "constexpr" if name in constants else _kind(given[name])
         for name in launch.kernel.arg_names
     }
-    aligned = {
-        (position,): [["tt.divisibility", 16]]
+    aligned = [
+        position
         for position, name in enumerate(launch.kernel.arg_names)
         if name not in constants and _is_aligned(given[name], name in special)
-    }
-    compiled = triton.compile(
-        ASTSource(launch.kernel, signature, constants, aligned),
-        target=device,
-        options=launch.options,
-    )
-    moved = _moved(compiled.asm["ttir"], turns)
-    if device.backend == "cuda":
-        return _from_cubin(target, compiled.asm["cubin"], moved)
-    return _from_amdgcn(target, compiled.asm["amdgcn"], moved)
+    ]
+    return signature, constants, aligned
 
 
 def _kind(value: Any) -> str:
