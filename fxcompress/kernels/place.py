@@ -67,6 +67,8 @@ def placed(shape: tuple[int, ...], axis: int, sides: tuple[int, ...], width: int
     while len(last) < 2:
         last, sides = [(1, 0), *last], (1, *sides)
     (height, down), (wide, along) = last
+    if sides[0] * down >= 1 << 31:  # kernels count within a block in 32 bits
+        return None
     blocks = (height // sides[0], wide // sides[1])
     before = math.prod(size for size, _ in lead)
     return Place(

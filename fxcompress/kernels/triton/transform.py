@@ -115,7 +115,7 @@ def offsets(
         + (row % height).to(tl.int64) * (SIDE_H * down)
         + (p % wide).to(tl.int64) * (SIDE_W * along)
     )
-    place = (k // SIDE_W).to(tl.int64) * down + (k % SIDE_W) * along
+    place = (k // SIDE_W) * down + (k % SIDE_W) * along  # fits: kernels/place.py
     position = (place[:, None] + block[None, :]) * UNIT
     if UNIT > 1:  # channels run fastest
         return position[:, :, None] + column[None, None, :]
