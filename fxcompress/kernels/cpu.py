@@ -135,8 +135,14 @@ def _library(family: str) -> ctypes.CDLL | None:
 @cache
 def _begun(unit: tuple[str, ...]) -> Future[ctypes.CDLL | None]:
     found: Future[ctypes.CDLL | None] = Future()
-    # A daemon: a program that ends does not wait for it.
-    Thread(target=lambda: found.set_result(_load(unit)), daemon=True).start()
+
+    def load() -> None:
+        try:
+            found.set_result(_load(unit))
+        except Exception as error:  # for those who wait
+            found.set_exception(error)
+
+    Thread(target=load, daemon=True).start()  # a program that ends does not wait for it
     return found
 
 
