@@ -452,26 +452,13 @@ def test_launches_are_recorded_without_a_gpu() -> None:
 @compiled
 def test_one_kernel_of_transform_is_for_all_sizes() -> None:
     """Else a ResNet has a hundred, of two seconds each: only blocks, types and tails differ."""
-    from fxcompress.kernels.place import placed
     from fxcompress.kernels.triton import aot
-    from fxcompress.kernels.triton import transform as gpu
-
-    def meta(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
+    from fxcompress.tools import compiled_kernels
 
     found = set()
     for batch, side, channels in product((3, 64), (56, 28, 12), (64, 192, 2048)):
-        x = meta(batch, side, side, channels, of=torch.bfloat16)
-        place = placed(x.shape, 3, (4, 4), 64)
-        assert place is not None
-        mean, matrices = meta(channels), meta(channels // 64, 64, 64)
-        rows, z = meta(place.bands, of=torch.int64), meta(place.bands, place.positions)
-        with kernels.recorded(32):
-            launches = [
-                *gpu.energies(x, mean, matrices, place, meta(gpu.lines(place), place.bands)),
-                *gpu.analyse(x, mean, matrices, place, rows, z),
-                *gpu.synthesise(z, mean, matrices, place, rows, x),
-            ]
+        x = torch.empty(batch, side, side, channels, dtype=torch.bfloat16, device="meta")
+        launches = compiled_kernels.basis_launches(x, (4, 4), 32)
         found |= {(i.kernel.fn.__name__, i.warps, str(aot.specialised(i))) for i in launches}
     assert len(found) == 6  # three kernels, of whole tiles and of the rest
 

@@ -202,22 +202,11 @@ def _fused_rows(c: Fusing, name: str, target: str) -> list[GpuRow]:
 
 def _basis_rows(sides: tuple[int, int], name: str, target: str) -> list[GpuRow]:
     """Of 256 channels, in blocks of 64, and so many positions that runs of tiles are long."""
-    from fxcompress.kernels.place import placed
-    from fxcompress.kernels.triton import transform as gpu
     from fxcompress.kernels.triton.aot import warp_of
 
-    def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
-    x, mean, matrices = empty(*_LARGE, of=DTYPES[name]), empty(256), empty(4, 64, 64)
-    place = placed(x.shape, 3, sides, 64)
-    assert place is not None
-    rows, energies = empty(place.bands, of=torch.int64), empty(gpu.lines(place), place.bands)
-    z = empty(place.bands, place.positions)
-    with kernels.recorded(warp_of(target)):
-        (first,) = gpu.energies(x, mean, matrices, place, energies)
-        (second,) = gpu.analyse(x, mean, matrices, place, rows, z)
-        (back,) = gpu.synthesise(z, mean, matrices, place, rows, x)
+    x = torch.empty(_LARGE, dtype=DTYPES[name], device="meta")
+    first, second, back = basis_launches(x, sides, warp_of(target))
+    energies, z = first.given["out"], second.given["out"]
     kind = f"transform(sides={sides[0]}x{sides[1]}) {name}"
     both = x.nbytes + z.nbytes
     return [
@@ -225,6 +214,26 @@ def _basis_rows(sides: tuple[int, int], name: str, target: str) -> list[GpuRow]:
         _row(f"{kind} coefficients", target, second, x, x.nbytes, both),
         _row(f"{kind} inverse", target, back, x, x.nbytes, both, reads=False),
     ]
+
+
+def basis_launches(x: Tensor, sides: tuple[int, int], warp: int) -> list[kernels.Launch]:
+    """What changes basis of x (on meta, channels last and in blocks of 64), there and back."""
+    from fxcompress.kernels.place import placed
+    from fxcompress.kernels.triton import transform as gpu
+
+    def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    place = placed(tuple(x.shape), 3, sides, 64)
+    assert place is not None
+    mean, matrices = empty(place.channels), empty(place.channels // 64, 64, 64)
+    rows, z = empty(place.bands, of=torch.int64), empty(place.bands, place.positions)
+    with kernels.recorded(warp):
+        return [
+            *gpu.energies(x, mean, matrices, place, empty(gpu.lines(place), place.bands)),
+            *gpu.analyse(x, mean, matrices, place, rows, z),
+            *gpu.synthesise(z, mean, matrices, place, rows, x),
+        ]
 
 
 def _row(
@@ -241,7 +250,7 @@ def _row(
     they read, not write; `turns`: see `compile_for`."""
     from fxcompress.kernels.triton.aot import compile_for, warp_of
 
-    tiles = _tiles(launch)
+    tiles = int(launch.given.get("tiles", 1))  # that each program takes, one after the other
     code, threads = compile_for(target, launch, turns * tiles), launch.warps * warp_of(target)
     device, moved = DEVICES[target], code.moved_bytes * launch.programs
     instructions = code.instructions.total() * tiles * threads * launch.programs
@@ -261,12 +270,6 @@ def _row(
         estimated_gb_s=own / GB / seconds,
         estimated_for=device.name,
     )
-
-
-def _tiles(launch: kernels.Launch) -> int:
-    """That each program takes, one after the other."""
-    names = [name for name in launch.kernel.arg_names if name not in launch.constants]
-    return int(dict(zip(names, launch.arguments, strict=True)).get("tiles", 1))
 
 
 def _access(code: Code, reads: bool, needed: int) -> int:

@@ -35,6 +35,12 @@ class Launch:
     constants: dict[str, Any]
 
     @property
+    def given(self) -> dict[str, Any]:
+        """The arguments by name."""
+        names = [name for name in self.kernel.arg_names if name not in self.constants]
+        return dict(zip(names, self.arguments, strict=True))
+
+    @property
     def options(self) -> dict[str, Any]:
         """How it is compiled: arithmetic as it is written, no product fused with a sum."""
         return {"num_warps": self.warps, "enable_fp_fusion": False}

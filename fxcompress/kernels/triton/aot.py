@@ -94,8 +94,7 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[in
     device (meta will do), count as aligned to 16 bytes. Launches of one kernel that have all these
     in common share its code.
     """
-    names = [name for name in launch.kernel.arg_names if name not in launch.constants]
-    given = dict(zip(names, launch.arguments, strict=True))
+    given = launch.given
     general = {p.name for p in launch.kernel.params if p.do_not_specialize}
     special = {name: value for name, value in given.items() if name not in general}
     fixed = {
