@@ -160,7 +160,7 @@ def fit_transforms(found: Moments | None) -> dict[float, Transform]:
     if found is None:
         return {}
     fitted = basis_of(found)
-    return {bits: at_rate(fitted, bits) for bits in LADDER}
+    return dict(zip(LADDER, at_rates(fitted, LADDER), strict=True))
 
 
 def transform_prices(
@@ -184,32 +184,44 @@ def transform_prices(
 
 
 def at_rate(fitted: Fitted, bits: float, *, unbiased: bool = True) -> Transform:
-    """The codec that spends ``bits`` an element, metadata included, where they matter most.
+    """The codec that spends ``bits`` an element, metadata included, where they matter most."""
+    return at_rates(fitted, (bits,), unbiased=unbiased)[0]
+
+
+def at_rates(
+    fitted: Fitted, ladder: Sequence[float], *, unbiased: bool = True
+) -> tuple[Transform, ...]:
+    """:func:`at_rate` for each number of bits.
 
     Reverse water-filling over a discrete ladder: each band takes the rate with the least
-    ``weight * energy * error(rate) + λ * bits(rate)``, and λ is what meets the total.
+    ``weight * energy * error(rate) + λ * bits(rate)``, and λ is what meets the total. So from the
+    least rate on, bands step up in the order of what a further bit wins them.
     """
     numbers = np.arange(1 if unbiased else 0, len(RATES))
-    rates = _true_rates()[numbers]
-    errors = _errors()[numbers]
-    bits -= fitted.side_bits
+    numbers = numbers[_corners(_true_rates()[numbers], _errors()[numbers])]
+    steps = np.diff(_true_rates()[numbers])
+    gains = -np.diff(_errors()[numbers]) / steps
     need = np.maximum(fitted.energy * fitted.weight, 1e-300)
+    order = np.argsort(-(need[:, None] * gains).ravel(), kind="stable") % len(steps)
+    spent = len(need) * _true_rates()[numbers[0]] + np.cumsum(steps[order])
+    found = []
+    for bits in ladder:
+        taken = np.searchsorted(spent, len(need) * (bits - fitted.side_bits), side="right")
+        reached = np.bincount(order[:taken], minlength=len(steps))  # bands, by step
+        bands = -np.diff(reached, prepend=len(need), append=0)
+        rates = np.repeat(numbers[::-1], bands[::-1]).astype(np.uint8)
+        found.append(Transform(fitted.basis, states.put({"rates": rates}), fitted.channels))
+    return tuple(found)
 
-    def chosen(log_price: float) -> npt.NDArray[np.int64]:
-        costs = need[:, None] * errors[None] + np.exp(log_price) * rates[None]
-        found: npt.NDArray[np.int64] = np.argmin(costs, axis=1)
-        return found
 
-    low, high = float(np.log(need.min())) - 50, float(np.log(need.max())) + 50
-    for _ in range(80):
-        middle = (low + high) / 2
-        if rates[chosen(middle)].mean() > bits:
-            low = middle
-        else:
-            high = middle
-    picks = numbers[chosen(high)]
-    name = states.put({"rates": np.sort(picks)[::-1].astype(np.uint8)})
-    return Transform(fitted.basis, name, fitted.channels)
+def _corners(rates: Floats, errors: Floats) -> list[int]:
+    """Of the lower convex hull of errors over ascending rates."""
+    found = [0]
+    while found[-1] < len(rates) - 1:
+        at = found[-1]
+        slopes = (errors[at + 1 :] - errors[at]) / (rates[at + 1 :] - rates[at])
+        found.append(at + 1 + int(np.argmin(slopes)))
+    return found
 
 
 def biased(spec: str) -> str:

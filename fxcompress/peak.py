@@ -241,7 +241,7 @@ def timeline(
         if root in returned and lets_go:
             kept[name] = step.span(step.end_forward + 1, needed, candidate.own_bytes)
         dropped[name] = step.span(born, used, size)
-        readers = _live_readers(candidate)
+        readers = candidate.live_readers
         decoded[name] = _copies(step, cut, readers, candidate.own_bytes)
         between[name] = _between(decoded[name], candidate.own_bytes)
         fetched[name] = _copies(step, cut, _all_readers(candidate), candidate.own_bytes)
@@ -414,26 +414,6 @@ def _is_prepared(candidate: Candidate) -> bool:
 
 def _all_readers(candidate: Candidate) -> list[fx.Node]:
     return [u for u in candidate.saved.backward.users if u.op != "output"]
-
-
-def _live_readers(candidate: Candidate) -> list[fx.Node]:
-    """Direct backward readers that are left once the exact nodes have been hoisted."""
-    smooth = set(candidate.smooth)
-    reached: list[fx.Node] = []  # through values, not through integers made from them
-    pending, seen = list(candidate.saved.backward.users), set(candidate.saved.backward.users)
-    while pending:
-        node = pending.pop()
-        reached.append(node)
-        if node in smooth or prop.is_integer(node):
-            continue
-        new = [u for u in node.users if u not in seen]
-        seen.update(new)
-        pending.extend(new)
-    leading = set(smooth)
-    for node in sorted(reached, reverse=True):  # readers first
-        if not prop.is_integer(node) and not leading.isdisjoint(node.users):
-            leading.add(node)
-    return [u for u in candidate.saved.backward.users if u in leading]
 
 
 def _step(cut: Cut) -> _Step:

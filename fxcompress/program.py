@@ -195,7 +195,8 @@ def _price(
     """(noise, cost): the root's noise again, through the buffer, and another decode of it."""
     coded, buffer = options[product.coded], rebuilt[product.buffer]
     share = next(p for r, p in zip(buffer.roots, buffer.passes, strict=True) if product.coded in r)
-    again = replace(coded, noise=share * coded.noise, slowdown=coded.slowdown / 2)
+    decode = coded.slowdown / (1 + coded.choice.decodes)  # see costs.added_seconds
+    again = replace(coded, noise=share * coded.noise, slowdown=decode)
     return again.noise, again.cost
 
 

@@ -77,6 +77,27 @@ class Candidate:
         """Its sizes in storage order, as numbers."""
         return tuple(torch_private.size_hint(self.fake.shape[d]) for d in self.order)
 
+    @property
+    def live_readers(self) -> list[fx.Node]:
+        """Direct backward readers that are left once the exact nodes have been hoisted."""
+        first = self.saved.backward.users
+        smooth = set(self.smooth)
+        reached: list[fx.Node] = []  # through values, not through integers made from them
+        pending, seen = list(first), set(first)
+        while pending:
+            node = pending.pop()
+            reached.append(node)
+            if node in smooth or prop.is_integer(node):
+                continue
+            new = [u for u in node.users if u not in seen]
+            seen.update(new)
+            pending.extend(new)
+        leading = set(smooth)
+        for node in sorted(reached, reverse=True):  # readers first
+            if not prop.is_integer(node) and not leading.isdisjoint(node.users):
+                leading.add(node)
+        return [u for u in first if u in leading]
+
 
 @dataclass
 class _Readers:

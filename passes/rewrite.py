@@ -22,6 +22,7 @@ from fxcompress.passes.axes import storage_order
 from fxcompress.passes.capture import Cut, output_args, pair, receive, save
 from fxcompress.passes.hoist import forward_twins
 from fxcompress.passes.insert import (
+    clusters,
     insert_blank,
     insert_decodes,
     insert_encode,
@@ -85,6 +86,11 @@ class Choice:
         device all the while, and the memory model knows of neither.
         """
         return not self.drops_values and self.representation not in {RECOMPUTE, OFFLOAD}
+
+    @property
+    def decodes(self) -> int:
+        """How often a coded tensor is decoded for its own readers."""
+        return 1 if self.joined else max(len(clusters(self.candidate.live_readers)), 1)
 
     @property
     def is_fused(self) -> bool:
