@@ -21,6 +21,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.utils import flop_counter
@@ -341,9 +342,14 @@ def _of_coder(spec: str, coders: Mapping[str, float]) -> float:
 
 def _of_bands(given: Transform, coders: Mapping[str, float]) -> float:
     """What the coders inside take, an element of the whole tensor."""
-    inside = [coder(RATES[n]) for n in states.arrays(given.rates)["rates"]]
-    times = (_of_coder(c.spec.replace(",mean=none", ""), coders) for c in inside if c)
-    return sum(times) / len(inside)
+    rates = states.arrays(given.rates)["rates"]
+    counts = np.bincount(rates, minlength=len(RATES)).tolist()
+    times = (
+        bands * _of_coder(inside.spec.replace(",mean=none", ""), coders)
+        for rate, bands in zip(RATES, counts, strict=True)
+        if bands and (inside := coder(rate)) is not None
+    )
+    return sum(times) / len(rates)
 
 
 def _flops(node: fx.Node) -> float:

@@ -608,6 +608,17 @@ def autograd_cache_off() -> AbstractContextManager[None]:
     return patched
 
 
+def graph_module(root: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """A module of the graph; within a compile one whose code is written when it is first called,
+    as that of PyTorch's own graphs. Ours are interpreted, or given to Inductor.
+
+    `torch.fx._lazy_graph_module._make_graph_module` (2.3 to 2.15); else `torch.fx.GraphModule`.
+    """
+    from torch.fx._lazy_graph_module import _make_graph_module
+
+    return _make_graph_module(root, graph)
+
+
 def copy_dynamo_graph(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """A copy of the graph, its constants shared, that AOTAutograd still takes for one of Dynamo's.
 

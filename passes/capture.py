@@ -145,6 +145,6 @@ def _copy(module: fx.GraphModule) -> fx.GraphModule:
     graph.output(result).meta = dict(old.meta)
     for source, target in mapping.items():
         target.meta = dict(source.meta)
-    copied = fx.GraphModule(module, graph)
+    copied = torch_private.graph_module(module, graph)
     copied.meta = dict(module.meta)
     return copied
