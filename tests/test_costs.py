@@ -61,12 +61,16 @@ def test_codecs_add_their_time_by_the_element(rates: costs.Rates, recording: Rec
     found = next(c for c in recording.candidates if is_codable(c) and c.own_bytes == 256 * 128 * 4)
     assert costs.added_seconds(exact_choice(found), rates) == 0
     slow = replace(rates, coders={**rates.coders, "rotate(bits=2)": 1000.0})
-    seconds = costs.added_seconds(codable_choice(found, "rotate(bits=2)"), slow)
+    twice = codable_choice(found, "rotate(bits=2)")
+    assert twice.decodes == 2  # a product stands between its readers
+    once = replace(twice, joined=True)
+    seconds = costs.added_seconds(once, slow)
     assert seconds == pytest.approx(256 * 128 * 1e-6, rel=0.2)
-    later = costs.added_seconds(codable_choice(found, "rotate(bits=2)"), replace(slow, call=1.0))
+    assert costs.added_seconds(twice, slow) == pytest.approx(1.5 * seconds)
+    later = costs.added_seconds(once, replace(slow, call=1.0))
     assert later == pytest.approx(seconds + 1 - slow.call)
     # As long as its kin where a variant was not timed.
-    other = codable_choice(found, "rotate(bits=2,group=128)")
+    other = replace(codable_choice(found, "rotate(bits=2,group=128)"), joined=True)
     assert costs.added_seconds(other, slow) == pytest.approx(seconds)
 
 
@@ -77,9 +81,10 @@ def test_a_transform_takes_its_basis_and_its_coders(
     x = torch.randn(256, 128)
     codec = at_rate(fit(x, [torch.randn_like(x)], -1), 1.0)
     assert isinstance(codec, Transform)
-    with_basis = costs.added_seconds(codable_choice(found, codec.spec), rates)
+    once = replace(codable_choice(found, codec.spec), joined=True)
+    with_basis = costs.added_seconds(once, rates)
     coded = replace(rates, basis=0.0, basis_call=0.0)
-    without = costs.added_seconds(codable_choice(found, codec.spec), coded)
+    without = costs.added_seconds(once, coded)
     of_basis = 256 * 128 * rates.basis * 1e-9 + rates.basis_call
     assert with_basis - without == pytest.approx(of_basis)
     assert without > 0

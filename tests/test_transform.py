@@ -16,7 +16,7 @@ from fxcompress.codecs import Average, Frequency, codec, states
 from fxcompress.codecs.rotate import Rotate
 from fxcompress.codecs.transform import RATES, Transform, _energies, coder
 from fxcompress.errors import CodecError
-from fxcompress.fit import Fitted, _errors, at_rate, fit, staleness
+from fxcompress.fit import Fitted, _errors, _true_rates, at_rate, fit, staleness
 from fxcompress.tools.memory import measure_step
 
 SHAPE = (6, 16, 16, 24)  # storage order, channels last
@@ -94,6 +94,23 @@ def test_bytes_meet_the_rate(fitted: Fitted, bits: float) -> None:
         round_trip(c, correlated(3, shape).to(dtype))  # the payload has the stated size
     spent = 8 * c.payload_bytes(SHAPE, torch.float32) / math.prod(SHAPE)
     assert 0.8 * bits <= spent <= 1.02 * bits  # coders pad their last groups
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("bits", [4.0, 1.5, 0.5])
+def test_no_two_bands_gain_by_an_exchange_of_rates(
+    fitted: Fitted, bits: float, unbiased: bool
+) -> None:
+    need = np.sort(fitted.energy * fitted.weight)[::-1]
+    rates = states.arrays(at_rate(fitted, bits, unbiased=unbiased).rates)["rates"].astype(int)
+    spent, errors = _true_rates(), _errors()
+    assert spent[rates].mean() + fitted.side_bits <= bits
+    up, down = rates < len(spent) - 1, rates > int(unbiased)
+    next_up, next_down = np.minimum(rates + 1, len(spent) - 1), np.maximum(rates - 1, 0)
+    gain = need * (errors[rates] - errors[next_up]) / np.maximum(spent[next_up] - spent[rates], 1e-9)
+    loss = need * (errors[next_down] - errors[rates])
+    loss /= np.maximum(spent[rates] - spent[next_down], 1e-9)
+    assert gain[up].max() <= loss[down].min() * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("bits", [4.0, 2.0, 1.0, 0.5])
