@@ -107,7 +107,8 @@ def test_no_two_bands_gain_by_an_exchange_of_rates(
     assert spent[rates].mean() + fitted.side_bits <= bits
     up, down = rates < len(spent) - 1, rates > int(unbiased)
     next_up, next_down = np.minimum(rates + 1, len(spent) - 1), np.maximum(rates - 1, 0)
-    gain = need * (errors[rates] - errors[next_up]) / np.maximum(spent[next_up] - spent[rates], 1e-9)
+    gain = need * (errors[rates] - errors[next_up])
+    gain /= np.maximum(spent[next_up] - spent[rates], 1e-9)
     loss = need * (errors[next_down] - errors[rates])
     loss /= np.maximum(spent[rates] - spent[next_down], 1e-9)
     assert gain[up].max() <= loss[down].min() * (1 + 1e-9)
