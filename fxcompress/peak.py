@@ -246,7 +246,8 @@ def timeline(
         between[name] = _between(decoded[name], candidate.own_bytes)
         fetched[name] = _copies(step, cut, _all_readers(candidate), candidate.own_bytes)
         prepared[name] = step.span(used, used, size if _is_prepared(candidate) else 0)
-        for node in candidate.attention:  # its forward runs again, into a buffer of q's size
+        # Its forward runs again, into a buffer of q's size, instead of its decoded results.
+        for node in () if _is_of_attention(candidate) else candidate.attention:
             decoded[name] += step.span(step.at[node], step.at[node], candidate.own_bytes)
         held[name] = step.span(used, _last_decode(step, cut, readers, used), 1) + others
         coding[name] = step.span(used, used, 1)
@@ -410,6 +411,13 @@ def _layout_copies(step: _Step) -> Bytes:
 
 def _is_prepared(candidate: Candidate) -> bool:
     return units_of(candidate.saved.forward) is not None or mask_of(candidate) is not None
+
+
+def _is_of_attention(candidate: Candidate) -> bool:
+    """It is a result of a fused attention."""
+    root = prop.storage_root(candidate.saved.forward)
+    source = root.args[0] if root.target is operator.getitem else None
+    return isinstance(source, fx.Node) and "scaled_dot_product" in prop.op_name(source)
 
 
 def _all_readers(candidate: Candidate) -> list[fx.Node]:

@@ -38,7 +38,7 @@ class Candidate:
         own_bytes: bytes of its own elements.
         smooth: readers that may see a decoded value.
         exact: boolean and integer nodes to hoist if the value is not kept.
-        attention: fused attention backwards that read it as query, key or log-sum-exp.
+        attention: fused attention backwards that read it, as an operand or a result of the forward.
         recompute: ops that would rebuild it from other saved tensors and inputs.
         floor_bits: fewest bits its readers bear.
         keep: why it must stay as it is; empty if it may be coded.
@@ -230,14 +230,12 @@ def _read_with_gradient(node: fx.Node, reader: fx.Node, found: _Readers) -> None
     elif not prop.is_known(reader):
         found.keep = found.keep or f"{prop.op_name(reader)} is not an op we know"
     else:
-        is_statistic = prop.normalises_scores(reader, node)
-        if is_statistic or _is_query_or_key(reader, node):
-            if attention_is_repeatable(reader):
-                found.attention[reader] = None
-            elif is_statistic:
-                found.keep = found.keep or "the exponential of its noise has no bound"
-            else:
-                found.floor_bits = EXPONENTIAL_FLOOR
+        if is_attention_backward(reader) and attention_is_repeatable(reader):
+            found.attention[reader] = None
+        elif prop.normalises_scores(reader, node):
+            found.keep = found.keep or "the exponential of its noise has no bound"
+        elif _is_query_or_key(reader, node):
+            found.floor_bits = EXPONENTIAL_FLOOR
         found.smooth[reader] = None
 
 
