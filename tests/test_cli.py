@@ -42,13 +42,13 @@ def factory(tmp_path: Path) -> str:
 
 def test_plan_of_a_model(factory: str, tmp_path: Path, capsys):
     out = tmp_path / "plan.json"
-    # Small ones are rebuilt: to call a codec takes longer.
-    arguments = ["plan", factory, "--batch", "8192", "--size", "64", "--ratio-saved", "4"]
+    # Small ones are rebuilt: to call a codec takes longer. So few bytes leave none as it is.
+    arguments = ["plan", factory, "--batch", "8192", "--size", "64", "--ratio-saved", "8"]
     assert cli.main([*arguments, "-o", str(out)]) == 0
     assert "policy auto" in capsys.readouterr().out
     plan = Plan.load(out)
     assert plan.calibrated
-    assert plan.saved_bytes <= plan.saved_bytes_before / 4
+    assert plan.saved_bytes <= plan.saved_bytes_before / 8
     assert 0 < plan.predicted_variance < 1
     assert {t.module for t in plan.tensors} >= {"0.0", "1.0", "2.0"}
 
