@@ -21,7 +21,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.utils import flop_counter
@@ -29,7 +28,7 @@ from torch.utils import flop_counter
 from fxcompress import __version__, files, ops, schema, torch_private
 from fxcompress.agree import agreed
 from fxcompress.codecs import codec, states
-from fxcompress.codecs.transform import RATES, Transform, coder
+from fxcompress.codecs.transform import Transform
 from fxcompress.kernels import ahead
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate, saved_bytes
@@ -342,14 +341,11 @@ def _of_coder(spec: str, coders: Mapping[str, float]) -> float:
 
 def _of_bands(given: Transform, coders: Mapping[str, float]) -> float:
     """What the coders inside take, an element of the whole tensor."""
-    rates = states.arrays(given.rates)["rates"]
-    counts = np.bincount(rates, minlength=len(RATES)).tolist()
     times = (
         bands * _of_coder(inside.spec.replace(",mean=none", ""), coders)
-        for rate, bands in zip(RATES, counts, strict=True)
-        if bands and (inside := coder(rate)) is not None
+        for _, inside, bands in given.classes()
     )
-    return sum(times) / len(rates)
+    return sum(times) / len(states.arrays(given.rates)["rates"])
 
 
 def _flops(node: fx.Node) -> float:

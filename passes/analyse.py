@@ -230,7 +230,7 @@ def _read_with_gradient(node: fx.Node, reader: fx.Node, found: _Readers) -> None
     elif not prop.is_known(reader):
         found.keep = found.keep or f"{prop.op_name(reader)} is not an op we know"
     else:
-        if is_attention_backward(reader) and attention_is_repeatable(reader):
+        if attention_is_repeatable(reader):
             found.attention[reader] = None
         elif prop.normalises_scores(reader, node):
             found.keep = found.keep or "the exponential of its noise has no bound"
@@ -293,7 +293,8 @@ def is_attention_backward(node: fx.Node) -> bool:
 
 
 def attention_is_repeatable(node: fx.Node) -> bool:
-    """Its forward can be run again in the backward: no dropout inside, and a form we know."""
+    """A fused attention's backward whose forward can be run again before it: no dropout inside, and
+    a form we know."""
     return torch_private.attention_forward(node) is not None
 
 

@@ -246,7 +246,7 @@ class Transform(Codec):
     def effect_on(self, bands: Seen) -> tuple[float, float]:
         """`effect` on these coefficients."""
         variance, order = 0.0, self._order(bands.energies)
-        for _, codec, count in self._classes():
+        for _, codec, count in self.classes():
             noise = codec.noise(bands.groups.rows(order[:count]))
             assert noise is not None
             variance, order = variance + noise, order[count:]
@@ -255,7 +255,7 @@ class Transform(Codec):
     def _coded(self, z: Tensor) -> Iterator[tuple[Codec, Tensor]]:
         """(codec, bands) of each rate that these coefficients would be coded at."""
         order = self._order(_energies(z))
-        for _, codec, count in self._classes():
+        for _, codec, count in self.classes():
             yield codec, order[:count]
             order = order[count:]
 
@@ -336,12 +336,12 @@ class Transform(Codec):
     def _parts(self, positions: int) -> Iterator[_Part]:
         """The rates in use, from the highest, of bands of so many positions."""
         first, at = 0, self._first_bands()
-        for number, codec, count in self._classes():
+        for number, codec, count in self.classes():
             size = codec.size([count * positions], torch.float32)
             yield _Part(number, codec, first, count, at, size)
             first, at = first + count, at + _aligned(size)
 
-    def _classes(self) -> Sequence[tuple[int, Codec, int]]:
+    def classes(self) -> Sequence[tuple[int, Codec, int]]:
         """(number, codec, how many bands) of each rate in use, from the highest."""
         return _classes(self.rates)
 
