@@ -23,7 +23,7 @@ class Groups:
     """Of elements x that a gradient reads by w; all fp32[rows, groups] but `size`.
 
     Attributes:
-        size: elements in each, fp32[groups]; the last one may be shorter.
+        size: elements in each, fp32[groups]; the last one of a row may be shorter.
         mean, low, high: of x.
         energy: sum of c^2, c = x - mean.
         weight, first, second: sums of w^2, of w^2*c and of w^2*c^2.
@@ -53,6 +53,14 @@ class Groups:
         mean, low, high, energy, weight, first, second = some
         return Groups(self.size, mean, low, high, energy, weight, first, second, self.alone)
 
+    def end_to_end(self) -> Groups:
+        """The rows as one tensor, of pieces that make up groups of `SIZE` (or nearly, where rows
+        have a short piece at their end)."""
+        rows, n = self.mean.shape
+        sums = (self.mean, self.low, self.high, self.energy, self.weight, self.first, self.second)
+        size, whole = self.size.repeat(rows), (t.reshape(1, -1) for t in sums)
+        return Groups(size, *whole, alone=True).joined(round(SIZE * n / float(self.size.sum())))
+
     def joined(self, count: int) -> Groups:
         """Each `count` of a row as one."""
         size = _folded(self.size[None], count)
@@ -75,19 +83,22 @@ class Groups:
         )
 
 
-def groups(x: Tensor, w: Tensor, *, alone: bool = True) -> Groups:
-    """Of the rows of [rows, n], n > 0: each a tensor of its own, or parts of what is coded."""
+def groups(x: Tensor, w: Tensor, *, alone: bool = True, of: int = SIZE) -> Groups:
+    """Of the rows of [rows, n], n > 0: each a tensor of its own, or parts of what is coded.
+
+    of: elements in each group.
+    """
     rows, n = x.shape
-    whole = n // SIZE * SIZE
+    whole = n // of * of
     parts = []
     if whole:
-        main = [t[:, :whole].reshape(-1, SIZE) for t in (x, w)]
-        most = _PIECE if x.device.type == "cpu" else _GPU_PIECE
+        main = [t[:, :whole].reshape(-1, of) for t in (x, w)]
+        most = (_PIECE if x.device.type == "cpu" else _GPU_PIECE) * SIZE // of
         pieces = zip(*(t.split(most) for t in main), strict=True)
         parts.append(torch.cat([_sums(*piece) for piece in pieces], 1).view(7, rows, -1))
     if n > whole:
         parts.append(_sums(x[:, whole:], w[:, whole:])[:, :, None])
-    sizes = [float(SIZE)] * (whole // SIZE) + [float(n - whole)] * (n > whole)
+    sizes = [float(of)] * (whole // of) + [float(n - whole)] * (n > whole)
     found = torch.cat(parts, 2)
     found = torch.where(found.isfinite().all(0), found, 0.0)  # decodes to NaN: no noise to price
     mean, low, high, energy, weight, first, second = found
