@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxcompress.codecs import codec, states
 from fxcompress.codecs.levels import levels
-from fxcompress.codecs.transform import RATES, Transform, seen
+from fxcompress.codecs.transform import RATES, Transform
 from fxcompress.evidence import Price
 from fxcompress.moments import WIDTH, Moments, moments
 from fxcompress.sensitivity import Measured
@@ -170,17 +170,10 @@ def transform_prices(
     assert tensor.weights is not None
     if not codecs:
         return {}
-    any_rate = next(iter(codecs.values()))
-    z = any_rate.forward(tensor.values.float())
-    totals = dict.fromkeys((c.spec for c in codecs.values()), (0.0, 0.0))
-    for weights in tensor.weights:
-        bands = seen(z, any_rate.adjoint(weights.float()))
-        for each in codecs.values():
-            variance, bias = each.effect_on(bands)
-            before = totals[each.spec]
-            totals[each.spec] = (before[0] + variance, before[1] + bias)
-    count = len(tensor.weights) * gradient_square
-    return {spec: Price(v / count, b / count) for spec, (v, b) in totals.items()}
+    bands = next(iter(codecs.values())).seen(tensor.values.float(), tensor.weights)
+    effects = {c.spec: c for c in codecs.values()}
+    found = {spec: c.effect_on(bands) for spec, c in effects.items()}
+    return {spec: Price(v / gradient_square, b / gradient_square) for spec, (v, b) in found.items()}
 
 
 def at_rate(fitted: Fitted, bits: float, *, unbiased: bool = True) -> Transform:

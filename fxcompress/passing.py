@@ -124,5 +124,6 @@ def _pulled_back(
         return tuple(made[c.saved.forward] for c in views)
 
     pulled: Any = torch.func.vjp(rebuilt, *(known[root] for root in roots))
-    found: tuple[Tensor, ...] = pulled[1](tuple(derivatives[c.name] for c in views))
+    given = (derivatives[c.name].to(y.dtype) for c, y in zip(views, pulled[0], strict=True))
+    found: tuple[Tensor, ...] = pulled[1](tuple(given))
     return tuple(each.detach() for each in found)

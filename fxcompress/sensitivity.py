@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.codecs import codec
-from fxcompress.codecs.groups import groups
+from fxcompress.codecs.groups import groups, mean_square
 from fxcompress.evaluate import Evaluation, evaluate
 from fxcompress.evidence import Price
 from fxcompress.passes.analyse import Candidate
@@ -36,6 +36,7 @@ log = logging.getLogger("fxcompress")
 WEIGHTINGS = ("plain", "relative", "adam")
 WEIGHTING = "plain"
 FAINT = 1e-4  # of the mean square of all elements
+HELD_AS = torch.bfloat16  # derivatives of all tensors are held at once; what counts is their size
 
 _MAKES_ANEW = re.compile(r"::(new_|.*_like$)")  # values do not matter to these
 # PyTorch's own operators, and those of torch.library.custom_op.
@@ -52,8 +53,8 @@ class Measured:
     Attributes:
         candidate: the tensor.
         values: what would be encoded (batch-norm inputs standardised), in storage order.
-        weights: for each probe ``v``, the derivative of ``v·g`` by ``values``, in the same order;
-            None where the backward has no derivative.
+        weights: for each probe ``v``, the derivative of ``v·g`` by ``values``, in the same order,
+            as `HELD_AS`; None where the backward has no derivative.
     """
 
     candidate: Candidate
@@ -115,7 +116,7 @@ def sensitivity(
             directions = [_sign(generator) * g / max(n**0.5, 1e-30) for g, n in norms_of]
         else:
             directions = [_signs(g, generator) * s for g, s in zip(gradient, scales, strict=True)]
-        found.append(pullback(directions))
+        found.append({name: w.to(HELD_AS) for name, w in pullback(directions).items()})
     by_name = dict(zip((n.name for n in _backward_nodes(recording)), arguments, strict=True))
     values = {c.name: by_name[c.name].detach() for c in candidates}
 
@@ -126,7 +127,7 @@ def sensitivity(
             weight = weight / watched[unit.rstd.name].detach()
         elif mask_of(candidate) is not None:  # zeros come back exact
             weight = weight * (values[candidate.name] > 0)
-        return weight.permute(candidate.order).contiguous()
+        return weight.to(HELD_AS).permute(candidate.order).contiguous()
 
     tensors = []
     for candidate in candidates:
@@ -190,14 +191,13 @@ def price(tensor: Measured, spec: str, gradient_square: float) -> Price:
 def prices(tensor: Measured, specs: Sequence[str], gradient_square: float) -> dict[str, Price]:
     """`price` by spec."""
     assert tensor.weights is not None
-    found = {spec: Price(0.0, 0.0) for spec in specs}
-    count = len(tensor.weights) * gradient_square
-    for w in tensor.weights:
-        sums = groups(tensor.values.reshape(1, -1), w.reshape(1, -1))
-        for spec, before in found.items():
-            noise = codec(spec).noise(sums)
-            variance, bias = codec(spec).effect(tensor.values, w) if noise is None else (noise, 0.0)
-            found[spec] = Price(before.variance + variance / count, before.bias + bias / count)
+    flat = (tensor.values.reshape(1, -1), mean_square(tensor.weights).reshape(1, -1))
+    sums, found = groups(*flat), {}
+    for spec in specs:
+        noise = codec(spec).noise(sums)
+        effect = codec(spec).effect(tensor.values, *tensor.weights) if noise is None else (noise, 0)
+        variance, bias = effect
+        found[spec] = Price(variance / gradient_square, bias / gradient_square)
     return found
 
 

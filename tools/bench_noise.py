@@ -38,7 +38,7 @@ from fxcompress.tools.feed import feed, recorded, train
 
 MB = 1e6
 MIN_BYTES = 16384
-PROBES = 8  # of a prediction: with two, that of a ViT was off by a third at times, by chance
+PROBES = 32  # of a prediction: with 8, that of one query in a ViT was off twofold, by chance
 TOLERANCE = 1.01  # "equal bytes": a policy may spend this much more than it is matched to
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxcompress import rng
-from fxcompress.codecs.groups import Groups
+from fxcompress.codecs.groups import Groups, mean_square
 from fxcompress.errors import CodecError
 from fxcompress.kernels import triton
 
@@ -138,17 +138,18 @@ class Codec(ABC):
     def error(self, x: Tensor) -> ErrorModel:
         """The error that `encode` then `decode` would add to each element of a contiguous x."""
 
-    def effect(self, x: Tensor, weights: Tensor) -> tuple[float, float]:
-        """(variance, squared bias) that coding x adds to ``(weights * x).sum()``.
+    def effect(self, x: Tensor, *weights: Tensor) -> tuple[float, float]:
+        """(variance, squared bias) that coding x adds to ``(w * x).sum()``, means over `weights`.
 
         As if the errors of different elements were independent; codecs that know better override.
         """
         error = self.error(x)
         noise = torch.where(error.variance.isfinite(), error.variance, 0.0)
-        w = weights.float()
-        variance = float((w.square() * noise).sum(dtype=torch.float64))
-        bias = float((w * error.bias).sum(dtype=torch.float64)) if bool(error.bias.any()) else 0.0
-        return variance, bias**2
+        variance = float((mean_square(weights) * noise).sum(dtype=torch.float64))
+        if not bool(error.bias.any()):
+            return variance, 0.0
+        biases = [float((w.float() * error.bias).sum(dtype=torch.float64)) for w in weights]
+        return variance, sum(b**2 for b in biases) / len(biases)
 
     def noise(self, seen: Groups) -> float | None:
         """The variance that `effect` gives of what these sums are of; None: they do not tell."""

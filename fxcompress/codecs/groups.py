@@ -8,6 +8,7 @@ a few sums over each group are enough for all of them; the elements are read onc
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,25 +21,52 @@ _GPU_PIECE = 1 << 17  # 32 M elements: a GPU waits for the calls, not for memory
 
 @dataclass(frozen=True)
 class Groups:
-    """Of elements x that a gradient reads by w; all fp32[rows, groups] but `size`.
+    """Of elements x that a gradient reads by w (w^2: the mean over several).
 
     Attributes:
         size: elements in each, fp32[groups]; the last one of a row may be shorter.
-        mean, low, high: of x.
-        energy: sum of c^2, c = x - mean.
-        weight, first, second: sums of w^2, of w^2*c and of w^2*c^2.
+        sums: fp32[7, rows, groups], see the properties.
         alone: the rows are coded apart, so that a short group is the end of a payload.
     """
 
     size: Tensor
-    mean: Tensor
-    low: Tensor
-    high: Tensor
-    energy: Tensor
-    weight: Tensor
-    first: Tensor
-    second: Tensor
+    sums: Tensor
     alone: bool
+
+    @property
+    def mean(self) -> Tensor:
+        """Of x, fp32[rows, groups] as all of these."""
+        return self.sums[0]
+
+    @property
+    def low(self) -> Tensor:
+        """The least x."""
+        return self.sums[1]
+
+    @property
+    def high(self) -> Tensor:
+        """The largest x."""
+        return self.sums[2]
+
+    @property
+    def energy(self) -> Tensor:
+        """Sum of c^2, c = x - mean."""
+        return self.sums[3]
+
+    @property
+    def weight(self) -> Tensor:
+        """Sum of w^2."""
+        return self.sums[4]
+
+    @property
+    def first(self) -> Tensor:
+        """Sum of w^2*c."""
+        return self.sums[5]
+
+    @property
+    def second(self) -> Tensor:
+        """Sum of w^2*c^2."""
+        return self.sums[6]
 
     @property
     def padded(self) -> Tensor:
@@ -48,43 +76,35 @@ class Groups:
 
     def rows(self, which: Tensor) -> Groups:
         """Some of the rows."""
-        sums = (self.energy, self.weight, self.first, self.second)
-        some = (t.index_select(0, which) for t in (self.mean, self.low, self.high, *sums))
-        mean, low, high, energy, weight, first, second = some
-        return Groups(self.size, mean, low, high, energy, weight, first, second, self.alone)
+        return Groups(self.size, self.sums.index_select(1, which), self.alone)
 
     def end_to_end(self) -> Groups:
         """The rows as one tensor, of pieces that make up groups of `SIZE` (or nearly, where rows
         have a short piece at their end)."""
-        rows, n = self.mean.shape
-        sums = (self.mean, self.low, self.high, self.energy, self.weight, self.first, self.second)
-        size, whole = self.size.repeat(rows), (t.reshape(1, -1) for t in sums)
-        return Groups(size, *whole, alone=True).joined(round(SIZE * n / float(self.size.sum())))
+        _, rows, n = self.sums.shape
+        whole = Groups(self.size.repeat(rows), self.sums.view(7, 1, -1), alone=True)
+        return whole.joined(round(SIZE * n / float(self.size.sum())))
 
     def joined(self, count: int) -> Groups:
         """Each `count` of a row as one."""
-        size = _folded(self.size[None], count)
+        if count == 1:
+            return self
+        size = _folded(self.size, count)
+        mean, low, high, energy, weight, first, second = _folded(self.sums, count)
         total = size.sum(-1)
-        mean = (_folded(self.mean, count) * size).sum(-1) / total
-        moved = _folded(self.mean, count) - mean[..., None]
-        weight, first = _folded(self.weight, count), _folded(self.first, count)
-        energy = _folded(self.energy, count) + size * moved.square()
-        second = _folded(self.second, count) + 2 * moved * first + moved.square() * weight
-        return Groups(
-            total[0],
-            mean,
-            _folded(self.low, count, math.inf).amin(-1),
-            _folded(self.high, count, -math.inf).amax(-1),
-            energy.sum(-1),
-            weight.sum(-1),
-            (first + moved * weight).sum(-1),
-            second.sum(-1),
-            self.alone,
-        )
+        middle = (mean * size).sum(-1) / total
+        moved = mean - middle[..., None]
+        energy = energy + size * moved.square()
+        second = second + 2 * moved * first + moved.square() * weight
+        sums = [t.sum(-1) for t in (energy, weight, first + moved * weight, second)]
+        low = torch.where(size > 0, low, math.inf).amin(-1)
+        high = torch.where(size > 0, high, -math.inf).amax(-1)
+        return Groups(total, torch.stack([middle, low, high, *sums]), self.alone)
 
 
-def groups(x: Tensor, w: Tensor, *, alone: bool = True, of: int = SIZE) -> Groups:
-    """Of the rows of [rows, n], n > 0: each a tensor of its own, or parts of what is coded.
+def groups(x: Tensor, squares: Tensor, *, alone: bool = True, of: int = SIZE) -> Groups:
+    """Of the rows of x and w^2, [rows, n], n > 0: each a tensor of its own, or parts of what is
+    coded.
 
     of: elements in each group.
     """
@@ -92,23 +112,29 @@ def groups(x: Tensor, w: Tensor, *, alone: bool = True, of: int = SIZE) -> Group
     whole = n // of * of
     parts = []
     if whole:
-        main = [t[:, :whole].reshape(-1, of) for t in (x, w)]
+        main = [t[:, :whole].reshape(-1, of) for t in (x, squares)]
         most = (_PIECE if x.device.type == "cpu" else _GPU_PIECE) * SIZE // of
         pieces = zip(*(t.split(most) for t in main), strict=True)
         parts.append(torch.cat([_sums(*piece) for piece in pieces], 1).view(7, rows, -1))
     if n > whole:
-        parts.append(_sums(x[:, whole:], w[:, whole:])[:, :, None])
+        parts.append(_sums(x[:, whole:], squares[:, whole:])[:, :, None])
     sizes = [float(of)] * (whole // of) + [float(n - whole)] * (n > whole)
     found = torch.cat(parts, 2)
     found = torch.where(found.isfinite().all(0), found, 0.0)  # decodes to NaN: no noise to price
-    mean, low, high, energy, weight, first, second = found
-    size = x.new_tensor(sizes, dtype=torch.float32)
-    return Groups(size, mean, low, high, energy, weight, first, second, alone)
+    return Groups(x.new_tensor(sizes, dtype=torch.float32), found, alone)
 
 
-def _sums(x: Tensor, w: Tensor) -> Tensor:
+def mean_square(weights: Sequence[Tensor]) -> Tensor:
+    """Of each element over covectors that are alike in shape, fp32."""
+    total = weights[0].float().square()
+    for w in weights[1:]:
+        total.addcmul_(w.float(), w.float())
+    return total.div_(len(weights))
+
+
+def _sums(x: Tensor, squares: Tensor) -> Tensor:
     """fp32[7, rows] of [rows, n]."""
-    x, squares = x.float(), w.float().square()
+    x, squares = x.float(), squares.float()
     mean = x.mean(1)
     c = x - mean[:, None]
     weighed = squares * c
@@ -116,7 +142,8 @@ def _sums(x: Tensor, w: Tensor) -> Tensor:
     return torch.stack([mean, x.amin(1), x.amax(1), *(s.sum(1) for s in sums)])
 
 
-def _folded(x: Tensor, count: int, end: float = 0.0) -> Tensor:
-    """[rows, n] as [rows, n/count, count]; `end` where the last one has no more."""
-    rows, n = x.shape
-    return torch.nn.functional.pad(x, (0, -n % count), value=end).view(rows, -1, count)
+def _folded(x: Tensor, count: int) -> Tensor:
+    """[..., n] as [..., n/count, count]; zeros where the last one has no more."""
+    missing = -x.shape[-1] % count
+    padded = torch.nn.functional.pad(x, (0, missing)) if missing else x
+    return padded.view(*x.shape[:-1], -1, count)

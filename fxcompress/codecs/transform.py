@@ -48,7 +48,7 @@ from fxcompress.codecs import states
 from fxcompress.codecs.base import FLOATS, Codec, ErrorModel, Keys, channel_axis
 from fxcompress.codecs.basis import analyse, synthesised
 from fxcompress.codecs.dither import Dither
-from fxcompress.codecs.groups import SIZE, Groups, groups
+from fxcompress.codecs.groups import SIZE, Groups, groups, mean_square
 from fxcompress.codecs.levels import levels
 from fxcompress.codecs.rotate import Rotate
 from fxcompress.codecs.subsample import Subsample
@@ -241,19 +241,29 @@ class Transform(Codec):
             self._backward(bias, x.shape) if not self.unbiased else torch.zeros_like(x).float(),
         )
 
-    def effect(self, x: Tensor, weights: Tensor) -> tuple[float, float]:
+    def effect(self, x: Tensor, *weights: Tensor) -> tuple[float, float]:
         """Noise of different bands is independent, that of channels and pixels is not."""
-        return self.effect_on(seen(self.forward(x), self.adjoint(weights.float())))
+        return self.effect_on(self.seen(x, weights))
+
+    def seen(self, x: Tensor, weights: Sequence[Tensor]) -> Seen:
+        """x as several covectors see it, for `effect_on` of this codec and others of its basis."""
+        z, read = self.forward(x), [self.adjoint(w.float()) for w in weights]
+        products = torch.stack([(w * z).sum(1, dtype=torch.float64) for w in read])
+        apart, positions = z.shape[1] >= APART, z.shape[1]
+        piece = SIZE if apart else min(max(math.gcd(positions, SIZE), PIECE), positions)
+        found = groups(z, mean_square(read), alone=False, of=piece)
+        return Seen(found, apart, _energies(z), products)
 
     def effect_on(self, bands: Seen) -> tuple[float, float]:
-        """`effect` on these coefficients."""
+        """`effect` on these coefficients, the mean over the covectors."""
         variance, order = 0.0, self._order(bands.energies)
         for _, codec, count in self.classes():
             coded = bands.groups.rows(order[:count])
             noise = codec.noise(coded if bands.apart else coded.end_to_end())
             assert noise is not None
             variance, order = variance + noise, order[count:]
-        return variance, float(bands.products.index_select(0, order).sum()) ** 2
+        dropped = bands.products.index_select(1, order).sum(1)
+        return variance, float(dropped.square().mean())
 
     def _coded(self, z: Tensor) -> Iterator[tuple[Codec, Tensor]]:
         """(codec, bands) of each rate that these coefficients would be coded at."""
@@ -351,30 +361,22 @@ class Transform(Codec):
 
 @dataclass(frozen=True)
 class Seen:
-    """Coefficients that a gradient reads: sums over their groups, and over each band.
+    """Coefficients that covectors read: sums over their groups, and over each band.
+
+    Bands of few positions share groups, and so their scales: 16 bands of a ViT's pooled tokens had
+    22 times the noise that they would have had one by one.
 
     Attributes:
         groups: of each band. apart: as if none went over from one band to the next; otherwise they
             are pieces of such.
-        energies: of squares. products: with the derivatives, float64.
+        energies: of squares.
+        products: with each covector, float64[covectors, bands].
     """
 
     groups: Groups
     apart: bool
     energies: Tensor
     products: Tensor
-
-
-def seen(z: Tensor, w: Tensor) -> Seen:
-    """Of coefficients and the gradient's derivative by them, [bands, positions].
-
-    Bands of few positions share groups. Their scales are shared too: 16 bands of a ViT's pooled
-    tokens had 22 times the noise that they would have had one by one.
-    """
-    products, positions = (w * z).sum(1, dtype=torch.float64), z.shape[1]
-    apart = positions >= APART
-    piece = SIZE if apart else min(max(math.gcd(positions, SIZE), PIECE), positions)
-    return Seen(groups(z, w, alone=False, of=piece), apart, _energies(z), products)
 
 
 @lru_cache(maxsize=4096)
