@@ -141,6 +141,22 @@ def test_stated_effect_is_the_measured_one(fitted: Fitted, bits: float) -> None:
     assert spread[0] < spread[1] / 3  # summing over elements misses the correlation
 
 
+@pytest.mark.parametrize("bits", [4.0, 2.0])
+@pytest.mark.parametrize("count", [16, 24, 272])
+def test_bands_of_few_positions_share_their_scales(count: int, bits: float) -> None:
+    """Noise goes from bands with much energy into others that the gradient reads better."""
+    torch.manual_seed(0)
+    x = torch.randn(count, 64) * torch.logspace(1, -1, 64)
+    w = torch.randn(count, 64) * torch.logspace(-1, 1, 64)
+    c, probes = at_rate(fit(x, [w], -1), bits), [w, torch.randn_like(x)]
+    z, read = c.forward(x), [c.adjoint(w) for w in probes]
+    measured = 0.0
+    for draw in range(100):
+        noise = c.forward(round_trip(c, x, draw)) - z
+        measured += sum(float((noise * w).square().sum()) for w in read) / 200
+    assert c.effect(x, *probes)[0] == pytest.approx(measured, rel=0.1)
+
+
 def test_the_basis_holds_on_other_data_and_gains(fitted: Fitted) -> None:
     x, w = correlated(9), covector(9)
     for bits in (2.0, 1.0):
