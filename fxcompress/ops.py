@@ -196,7 +196,7 @@ def _unstored(x: Tensor, order: Sequence[int]) -> Tensor:
 
 
 def _is_straight(order: Sequence[int]) -> bool:
-    return all(dim == at for at, dim in enumerate(order))
+    return list(order) == sorted(order)
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

@@ -111,7 +111,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
             SettingsError: the policy cannot be used here.
         """
         static = kwargs.get("static_lifetime_input_indices") or ()
-        _kernels_together()
+        _change_output_code()
         plain = torch_private.min_cut(gm, joint_inputs, **kwargs)
         if not policy(self.settings.policy).enabled:
             return plain
@@ -212,11 +212,13 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
 
 
 @cache
-def _kernels_together() -> None:
-    """Inductor's C++ kernels for our graphs are compiled together from now on."""
+def _change_output_code() -> None:
+    """From now on Inductor's C++ kernels for our graphs are compiled together, and the code that it
+    writes calls our functions directly."""
+    from fxcompress.direct import call_directly
     from fxcompress.together import ask_us  # imports much of Inductor
 
-    torch_private.change_output_code(Partitioner, ask_us)
+    torch_private.change_output_code(Partitioner, lambda code: call_directly(ask_us(code)))
 
 
 def may_be_tried(settings: Settings) -> bool:

@@ -253,6 +253,14 @@ def is_profiling() -> bool:
     return bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
 
 
+def is_watched() -> bool:
+    """A profiler or a dispatch mode sees operators that are called.
+
+    `torch._C._len_torch_dispatch_stack` (2.0 to 2.15).
+    """
+    return is_profiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def allocations(call: Callable[[], Any]) -> tuple[list[int], Any]:
     """(bytes of what a call allocates on the CPU, negative where freed, in order; its result).
 

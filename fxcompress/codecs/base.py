@@ -173,7 +173,7 @@ class Codec(ABC):
         self.check_dtype(x.dtype)
         if self.stochastic and key is None:
             raise CodecError(f"{self} draws random bits: pass the key of fxcompress.next_key")
-        x = x.detach().contiguous()
+        x = (x.detach() if x.requires_grad else x).contiguous()
         payload = x.new_empty(self.size(x.shape, x.dtype), dtype=torch.uint8)
         if not self.runs(self.encode_kernel, x, payload, key, stream):
             keys = None if key is None else rng.stream_keys(key, stream)
