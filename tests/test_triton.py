@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+import zlib
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 pytest.importorskip("triton")
 
+HALF = "FXCOMPRESS_TEST_HALF"  # of the tests that interpret, where they are run in two processes
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1")
 compiled = pytest.mark.skipif(INTERPRETING, reason="compiles")
@@ -61,19 +63,32 @@ def test_kernels_equal_references() -> None:
     if INTERPRETING:
         return
     command = [sys.executable, "-m", "pytest", "-q", "-x", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    halves = []
+    for half in "01":  # side by side: the interpreter has one thread
+        environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", HALF: half}
+        halves.append(
+            subprocess.Popen(
+                command,
+                env={**os.environ, **environment},
+                cwd=Path(__file__).parent,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    printed = [each.communicate()[0] for each in halves]
+    assert [each.returncode for each in halves] == [0, 0], "\n".join(printed)
 
 
 @pytest.fixture(autouse=True)
-def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels_on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels take CPU tensors, casts to bf16 round to nearest even, sums keep -0: as on GPUs.
 
     The interpreter truncates, and starts sums from 0.
     """
+    half = os.environ.get(HALF)
+    if half is not None and zlib.crc32(request.node.nodeid.encode()) % 2 != int(half):
+        pytest.skip("in the other half")
     if INTERPRETING:
         from triton.runtime import interpreter
 
