@@ -214,7 +214,7 @@ def _gather(seen: Sensitivity, found: dict[str, Moments]) -> None:
             continue
         assert tensor.weights is not None
         name = tensor.candidate.name
-        one = moments(tensor.values, tensor.weights, tensor.candidate.channels)
+        one = moments(tensor.values, tensor.readings, tensor.candidate.channels)
         found[name] = together(found[name], one) if name in found else one
 
 
@@ -229,8 +229,9 @@ def _renewed(spec: str | None, found: Moments | None) -> str | None:
 
 
 def _mean(prices: Sequence[Price]) -> Price:
-    count = len(prices)
-    return Price(sum(p.variance for p in prices) / count, sum(p.bias for p in prices) / count)
+    count, total = len(prices), sum(p.variance for p in prices)
+    passing = sum(p.passing * p.variance for p in prices) / total if total > 0 else 1.0
+    return Price(total / count, sum(p.bias for p in prices) / count, passing)
 
 
 def _layer_gradients(recording: Recording) -> dict[str, float]:

@@ -88,8 +88,14 @@ def _with_noise_of_roots(
     """What noise of coded tensors does through one that is rebuilt from them."""
     if row.representation != RECOMPUTE:
         return row
+    chosen = {c.candidate.name: c.representation for c in decision.choices}
+
+    def passing(root: str) -> float:
+        options = decision.ladders.get(root, ())
+        return next((o.passing for o in options if o.choice.representation == chosen[root]), 1.0)
+
     passes = [p for o in decision.ladders.get(row.name, ()) for p in o.passes]
-    noises = [(share, known_noises[root]) for root, share in passes]
+    noises = [(share * passing(root), known_noises[root]) for root, share in passes]
     known = [share * noise for share, noise in noises if noise is not None]
     return replace(row, predicted_variance=sum(known) if len(known) == len(noises) else None)
 

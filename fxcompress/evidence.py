@@ -27,10 +27,17 @@ _STATE = re.compile(r"(?:basis|rates)=(\w+)")
 
 @dataclass(frozen=True)
 class Price:
-    """Squared error that a codec adds to the parameter gradients, over their squared norm."""
+    """Squared error that a codec adds to the parameter gradients, over their squared norm.
+
+    Attributes:
+        passing: by how much more of the variance than `TensorEvidence.through` says passes through
+            rebuilt tensors. A transform codec leaves its noise where the tensor's own readers do
+            not see it, others may.
+    """
 
     variance: float
     bias: float = 0.0
+    passing: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,10 +64,11 @@ class TensorEvidence:
     elements: int = 0
     through: Mapping[str, float] = field(default_factory=dict)
 
-    def again(self, rebuilt: Collection[str]) -> float:
-        """What noise in this tensor does through tensors that are rebuilt, over what it does by
-        itself."""
-        return sum(share for name, share in self.through.items() if name in rebuilt)
+    def again(self, rebuilt: Collection[str], spec: str) -> float:
+        """What a codec's noise in this tensor does through tensors that are rebuilt, over what it
+        does by itself."""
+        shares = sum(share for name, share in self.through.items() if name in rebuilt)
+        return self.prices[spec].passing * shares
 
 
 @dataclass(frozen=True)

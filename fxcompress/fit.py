@@ -16,7 +16,7 @@ from fxcompress.codecs.levels import levels
 from fxcompress.codecs.transform import RATES, Transform
 from fxcompress.evidence import Price
 from fxcompress.moments import WIDTH, Moments, moments
-from fxcompress.sensitivity import Measured
+from fxcompress.sensitivity import Measured, ratio, through_of_reference
 
 FEWEST = 8  # channels worth a basis
 SMALLEST = 16  # positions a channel
@@ -170,10 +170,17 @@ def transform_prices(
     assert tensor.weights is not None
     if not codecs:
         return {}
-    bands = next(iter(codecs.values())).seen(tensor.values.float(), tensor.weights)
-    effects = {c.spec: c for c in codecs.values()}
-    found = {spec: c.effect_on(bands) for spec, c in effects.items()}
-    return {spec: Price(v / gradient_square, b / gradient_square) for spec, (v, b) in found.items()}
+    any_rate, values = next(iter(codecs.values())), tensor.values.float()
+    own = any_rate.seen(values, tensor.weights)
+    through = any_rate.seen(values, tensor.through) if tensor.through else None
+    expected, found = through_of_reference(tensor), {}
+    for each in {c.spec: c for c in codecs.values()}.values():
+        variance, bias = each.effect_on(own)
+        passing = 1.0
+        if through is not None:
+            passing = ratio(each.effect_on(through)[0], variance * expected)
+        found[each.spec] = Price(variance / gradient_square, bias / gradient_square, passing)
+    return found
 
 
 def at_rate(fitted: Fitted, bits: float, *, unbiased: bool = True) -> Transform:

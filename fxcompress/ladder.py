@@ -15,7 +15,8 @@ bias). Squared bias is weighed by `BIAS_WEIGHT`, about the steps over which Adam
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from fxcompress.choose import (
     bytes_of,
@@ -101,23 +102,34 @@ def ladder(
     if not is_codable(candidate):
         return lossless
     measured = evidence is not None and bool(evidence.prices)
-    costs = (
-        {spec: cost(price) for spec, price in evidence.prices.items()}
+    prices = (
+        {spec: (cost(price), price.passing) for spec, price in evidence.prices.items()}
         if evidence is not None and measured
-        else _guess(group)
+        else {spec: (noise, 1.0) for spec, noise in _guess(group).items()}
     )
     lossy: dict[str, Option] = {}
-    for spec, noise in costs.items():
+    for spec, (noise, passing) in prices.items():
         choice = codable_choice(candidate, spec)
         # A width below what the readers bear comes back as another spec: not this price.
         if choice.representation == spec:
-            lossy[spec] = option(choice, noise, clock, weight)
+            lossy[spec] = replace(option(choice, noise, clock, weight), passing=passing)
     if candidate.floor_bits > 1 and not lossy:
         wider = codable_choice(candidate, f"affine(bits={candidate.floor_bits},group={group})")
         if wider.representation != KEEP:
             guessed = _guess(group)[wider.representation]
             lossy[wider.representation] = option(wider, guessed, clock, weight)
-    return [*lossless, *_undominated(list(lossy.values()))]
+    kept = [*_undominated(lossy.values(), _by_itself), *_undominated(lossy.values(), _passed_on)]
+    return [*lossless, *dict.fromkeys(kept)]
+
+
+def _by_itself(option: Option) -> float:
+    """What an option costs where nothing is rebuilt of the tensor."""
+    return option.cost
+
+
+def _passed_on(option: Option) -> float:
+    """What it would cost if all that counts were what passes through rebuilt tensors."""
+    return replace(option, noise=option.passing * option.noise).cost
 
 
 def option(choice: Choice, noise: float, clock: Clock | None, weight: float = 1.0) -> Option:
@@ -127,11 +139,11 @@ def option(choice: Choice, noise: float, clock: Clock | None, weight: float = 1.
     return Option(choice, noise, clock.slowdown(choice), weight, time_price=clock.price)
 
 
-def _undominated(options: list[Option]) -> list[Option]:
+def _undominated(options: Iterable[Option], cost: Callable[[Option], float]) -> list[Option]:
     """From the least cost on, each with fewer bytes than all before it."""
     kept: list[Option] = []
     smallest = float("inf")
-    for option in sorted(options, key=lambda o: (o.cost, bytes_of(o.choice, {}))):
+    for option in sorted(options, key=lambda o: (cost(o), bytes_of(o.choice, {}))):
         size = bytes_of(option.choice, {})
         if size < smallest:
             kept.append(option)

@@ -38,10 +38,12 @@ def passed(
     derivatives: Sequence[Mapping[str, Tensor]],
     known: Mapping[fx.Node, Any],
     as_coded: AsCoded,
-) -> dict[str, dict[str, float]]:
-    """By root and first tensor of a buffer that is rebuilt of it: the squared error of the gradient
-    that noise in the root adds through these, over what it adds by itself. Measured under
-    `REFERENCE`; errors of other codecs are taken to be spread alike.
+) -> tuple[dict[str, dict[str, float]], dict[str, tuple[Tensor, ...]]]:
+    """(shares, readings) by name of the root. Shares are by first tensor of a buffer that is
+    rebuilt of it: the squared error of the gradient that noise in the root adds through these, over
+    what it adds by itself, measured under `REFERENCE`. Readings are, for each probe, the derivative
+    by the root, as it is coded, through all these buffers together: from them follows what codecs
+    do whose errors are spread otherwise (fit.transform_prices).
 
     Args:
         module: the forward.
@@ -72,12 +74,15 @@ def passed(
         for root, *through in zip(roots, *pulled, strict=True):
             candidate = roots_of[root]
             ways[candidate.name][views[0].name] = [as_coded(candidate, u) for u in through]
-    found = {}
+    shares, readings = {}, {}
     for candidate, values in coded.items():
-        if candidate.name in ways:
-            own = [as_coded(candidate, each[candidate.name]) for each in derivatives]
-            found[candidate.name] = _shares(values, own, ways[candidate.name])
-    return found
+        name = candidate.name
+        if name in ways:
+            own = [as_coded(candidate, each[name]) for each in derivatives]
+            shares[name] = _shares(values, own, ways[name])
+            added = (sum(each) for each in zip(*ways[name].values(), strict=True))
+            readings[name] = tuple(u for u in added if isinstance(u, Tensor))
+    return shares, readings
 
 
 def _shares(

@@ -43,6 +43,8 @@ class Option:
         weight: what its noise counts (see ladder.hedges).
         passes: of rebuilding: roots that may be coded, each with what its noise adds through this
             tensor's buffer over what it adds by itself (see passing.py).
+        passing: by how much more of its noise passes through what is rebuilt than `passes` of those
+            say (see evidence.Price).
         time_price: noise that a step of twice the time is worth (see Settings).
     """
 
@@ -51,6 +53,7 @@ class Option:
     slowdown: float = 0.0
     weight: float = 1.0
     passes: tuple[tuple[str, float], ...] = ()
+    passing: float = 1.0
     time_price: float = TIME_PRICE
 
     @property
@@ -196,7 +199,7 @@ def _price(
     coded, buffer = options[product.coded], rebuilt[product.buffer]
     share = next(p for r, p in zip(buffer.roots, buffer.passes, strict=True) if product.coded in r)
     decode = coded.slowdown / (1 + coded.choice.decodes)  # see costs.added_seconds
-    again = replace(coded, noise=share * coded.noise, slowdown=decode)
+    again = replace(coded, noise=share * coded.passing * coded.noise, slowdown=decode)
     return again.noise, again.cost
 
 

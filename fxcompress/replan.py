@@ -148,7 +148,7 @@ class Replanner:
             for choice in choices:
                 known, spec = evidence.get(choice.candidate.name), choice.codec_spec
                 if known is not None and spec is not None and spec in known.prices:
-                    total += (1 + known.again(rebuilt)) * cost(known.prices[spec])
+                    total += (1 + known.again(rebuilt, spec)) * cost(known.prices[spec])
             return total
 
         return noise(self.planned.decision.choices), noise(fresh.choices)

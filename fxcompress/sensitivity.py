@@ -27,7 +27,7 @@ from fxcompress.passes.analyse import Candidate
 from fxcompress.passes.capture import placeholders
 from fxcompress.passes.rectified import filled, mask_of
 from fxcompress.passes.standardise import units_of
-from fxcompress.passing import passed
+from fxcompress.passing import REFERENCE, passed
 from fxcompress.perturb import leads_to, mean_derivatives
 from fxcompress.record import Recording, backward_inputs, run_forward
 
@@ -55,11 +55,20 @@ class Measured:
         values: what would be encoded (batch-norm inputs standardised), in storage order.
         weights: for each probe ``v``, the derivative of ``v·g`` by ``values``, in the same order,
             as `HELD_AS`; None where the backward has no derivative.
+        through: the same through all tensors that may be rebuilt of it (passing.py); none where
+            there are none.
     """
 
     candidate: Candidate
     values: Tensor
     weights: tuple[Tensor, ...] | None
+    through: tuple[Tensor, ...] = ()
+
+    @property
+    def readings(self) -> tuple[Tensor, ...]:
+        """How the gradient may read it: by itself, and with all that may be rebuilt of it."""
+        own = self.weights or ()
+        return own + tuple(w + u for w, u in zip(own, self.through, strict=bool(self.through)))
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ def sensitivity(
         value = value.permute(candidate.order).contiguous()
         weights = [as_coded(candidate, w[candidate.name]) for w in found if candidate.name in w]
         tensors.append(Measured(candidate, value, tuple(weights) or None))
-    through: dict[str, dict[str, float]] = {}
+    shares: dict[str, dict[str, float]] = {}
     if weighting != "norm":
         coded = {t.candidate: t.values for t in tensors if t.weights is not None}
         blind = {t.candidate: t.values for t in tensors if t.weights is None}
@@ -178,9 +187,10 @@ def sensitivity(
             for n in (*c.recipe.roots, *c.recipe.inputs)
         }
         known.update({n: v for n, v in given if n in known})
-        through = passed(cut.forward, coded, found, known, as_coded)
+        shares, through = passed(cut.forward, coded, found, known, as_coded)
+        tensors = [replace(t, through=through.get(t.candidate.name, ())) for t in tensors]
     weighed = tuple(g * s for g, s in zip(gradient, scales, strict=True))
-    return Sensitivity(tuple(tensors), weighed, total, through)
+    return Sensitivity(tuple(tensors), weighed, total, shares)
 
 
 def price(tensor: Measured, spec: str, gradient_square: float) -> Price:
@@ -194,11 +204,29 @@ def prices(tensor: Measured, specs: Sequence[str], gradient_square: float) -> di
     flat = (tensor.values.reshape(1, -1), mean_square(tensor.weights).reshape(1, -1))
     sums, found = groups(*flat), {}
     for spec in specs:
-        noise = codec(spec).noise(sums)
-        effect = codec(spec).effect(tensor.values, *tensor.weights) if noise is None else (noise, 0)
-        variance, bias = effect
-        found[spec] = Price(variance / gradient_square, bias / gradient_square)
+        one, passing = codec(spec), 1.0
+        noise = one.noise(sums)
+        variance, bias = one.effect(tensor.values, *tensor.weights) if noise is None else (noise, 0)
+        if one.shapes_noise and tensor.through:
+            through = one.effect(tensor.values, *tensor.through)[0]
+            passing = ratio(through, variance * through_of_reference(tensor))
+        found[spec] = Price(variance / gradient_square, bias / gradient_square, passing)
     return found
+
+
+def through_of_reference(tensor: Measured) -> float:
+    """What noise does through all that may be rebuilt over what it does by itself, under the codec
+    by which the shares of the buffers were measured."""
+    both = [
+        codec(REFERENCE).effect(tensor.values, *w)[0] if w else 0.0
+        for w in (tensor.through, tensor.weights)
+    ]
+    return ratio(*both)
+
+
+def ratio(a: float, b: float) -> float:
+    """1 where nothing is known."""
+    return a / b if a > 0 and b > 0 else 1.0
 
 
 def _gradients(recording: Recording, arguments: Mapping[str, Any]) -> list[Tensor]:

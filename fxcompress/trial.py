@@ -127,14 +127,14 @@ def _prices(evidence: TensorEvidence | None) -> Mapping[str, Price]:
 
 def _price(evidence: TensorEvidence, spec: str, chosen: Mapping[str, str]) -> float:
     price = evidence.prices[spec]
-    return (1 + evidence.again(_rebuilt(chosen))) * price.variance + price.bias
+    return (1 + evidence.again(_rebuilt(chosen), spec)) * price.variance + price.bias
 
 
 def _dearer(evidence: TensorEvidence, spec: str, factor: float) -> TensorEvidence:
     """With this spec, and all that cost as much or more, at ``factor`` times the price."""
     least = evidence.prices[spec].variance
     prices = {
-        s: Price(max(p.variance, TINY) * factor, p.bias) if p.variance >= least else p
+        s: replace(p, variance=max(p.variance, TINY) * factor) if p.variance >= least else p
         for s, p in evidence.prices.items()
     }
     return replace(evidence, prices=prices)

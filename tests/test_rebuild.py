@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -206,52 +207,72 @@ def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.flatten().double() for t in tensors])
 
 
+def squared_error(
+    recording: Recording, coded: str, spec: str, first: Collection[str], seeds: int = 24
+) -> float:
+    """Of the gradient, with one tensor coded and the buffers of others rebuilt."""
+    exact = flat(gradients(recording, recording.cut))
+    cut = recording.cut.copy()
+    candidates = analyse(cut, 0, channels_last=recording.channels_last)
+    buffers = {c.name: storage_root(c.saved.forward) for c in candidates}
+    choices = []
+    for candidate in candidates:
+        choice: Choice | None = exact_choice(candidate)
+        if buffers[candidate.name] in {buffers[name] for name in first}:
+            choice = recompute_choice(candidate)
+        elif candidate.name == coded:
+            choice = codable_choice(candidate, spec)
+        assert choice is not None
+        choices.append(choice)
+    rewritten = rewrite(cut, choices, "", channels_last=recording.channels_last)
+    rng.manual_seed(1)
+    errors = [flat(gradients(recording, rewritten)) - exact for _ in range(seeds)]
+    rng.manual_seed(None)
+    return sum(float(e.square().sum()) for e in errors) / seeds
+
+
 @pytest.mark.parametrize(("make", "shape"), CASES, ids=["conv", "gpt"])
 def test_noise_of_a_root_is_priced_through_what_is_rebuilt(
     make: Callable[[], nn.Module], shape: tuple[int, ...]
 ) -> None:
     """As large as measured, for one buffer and for all of a root; for one of several at least."""
-    spec, seeds = "rotate(bits=3)", 24
     torch.manual_seed(0)
     recording = recorded(make(), torch.randn(shape))
     evidence = evidence_of([recording], probes=4).of(signature(recording.cut))
     assert evidence is not None
-    exact = flat(gradients(recording, recording.cut))
-
-    def measured(coded: str, first: Collection[str]) -> float:
-        """Squared error with one tensor coded and the buffers of others rebuilt."""
-        cut = recording.cut.copy()
-        candidates = analyse(cut, 0, channels_last=recording.channels_last)
-        buffers = {c.name: storage_root(c.saved.forward) for c in candidates}
-        choices = []
-        for candidate in candidates:
-            choice: Choice | None = exact_choice(candidate)
-            if buffers[candidate.name] in {buffers[name] for name in first}:
-                choice = recompute_choice(candidate)
-            elif candidate.name == coded:
-                choice = codable_choice(candidate, spec)
-            assert choice is not None
-            choices.append(choice)
-        rewritten = rewrite(cut, choices, "", channels_last=recording.channels_last)
-        rng.manual_seed(1)
-        errors = [flat(gradients(recording, rewritten)) - exact for _ in range(seeds)]
-        rng.manual_seed(None)
-        return sum(float(e.square().sum()) for e in errors) / seeds
-
+    measured = partial(squared_error, recording, spec="rotate(bits=3)")
     ratios = []
     for name, known in evidence.items():
-        alone = measured(name, ())
+        alone = measured(name, first=())
         if len(known.through) > 1:
-            ratio = measured(name, known.through) / alone
+            ratio = measured(name, first=known.through) / alone
             assert 0.8 * ratio < 1 + sum(known.through.values()) < 1.6 * ratio, name
         for first, share in known.through.items():
-            ratio = measured(name, [first]) / alone
+            ratio = measured(name, first=[first]) / alone
             assert 1 + share > 0.8 * ratio, (name, first)
             if len(known.through) == 1:
                 assert 1 + share < 1.3 * ratio, (name, first)
             ratios.append(ratio)
     assert len(ratios) > 2
     assert max(ratios) > 1.5, "what is rebuilt adds nothing here"
+
+
+def test_noise_of_a_fitted_codec_is_priced_through_what_is_rebuilt() -> None:
+    """It is where the tensor's own readers do not see it, and those of what is rebuilt may."""
+    make, shape = CASES[1]
+    torch.manual_seed(0)
+    recording = recorded(make(), torch.randn(shape))
+    evidence = evidence_of([recording], probes=16).of(signature(recording.cut))
+    assert evidence is not None
+    more = []
+    for name, known in evidence.items():
+        if known.through and 3.0 in known.transforms:
+            spec = known.transforms[3.0]
+            ratio = squared_error(recording, name, spec, known.through)
+            ratio /= squared_error(recording, name, spec, ())
+            assert 0.75 * ratio < 1 + known.again(known.through, spec) < 1.6 * ratio, name
+            more.append(known.prices[spec].passing)
+    assert max(more) > 1.5, "no codec's noise is shaped here"
 
 
 def test_comparisons_of_what_is_rebuilt_from_noise_are_exact() -> None:

@@ -294,7 +294,8 @@ def _measure(
             if spec is not None and tensor.weights is not None:
                 through = found.passed.get(tensor.candidate.name, {})
                 again = sum(share for first, share in through.items() if first in rebuilt)
-                predicted += (1 + again) * price(tensor, spec, 1.0).variance
+                one = price(tensor, spec, 1.0)
+                predicted += (1 + again * one.passing) * one.variance
     return Row(
         saved_mb=sum(map(_saved, chosen)) / MB,
         grad_variance=variance / norm,

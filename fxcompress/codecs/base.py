@@ -53,6 +53,7 @@ class Codec(ABC):
 
     name: of the family. dtypes: what `encode` takes. lossless: decode(encode(x)) == x.
     stochastic: `encode` draws random bits and needs a key. decode_needs_key: `decode` does too.
+    shapes_noise: it puts its noise where the gradient was seen to read the tensor least.
     """
 
     name: ClassVar[str]
@@ -60,6 +61,7 @@ class Codec(ABC):
     lossless: ClassVar[bool] = False
     stochastic: ClassVar[bool] = True
     decode_needs_key: ClassVar[bool] = False
+    shapes_noise: ClassVar[bool] = False
 
     @property
     def spec(self) -> str:

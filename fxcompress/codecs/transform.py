@@ -83,6 +83,7 @@ class Transform(Codec):
     name: ClassVar[str] = "transform"
     dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOATS
     decode_needs_key: ClassVar[bool] = True
+    shapes_noise: ClassVar[bool] = True
 
     @property
     def unbiased(self) -> bool:
