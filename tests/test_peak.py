@@ -16,6 +16,8 @@ from fxcompress.pipeline import plan_graph
 from fxcompress.settings import make
 from fxcompress.tools.memory import measure_step
 
+DEPTH = 400  # of a graph: more than Python may then recurse
+
 
 def planned_and_measured(model: nn.Module, x: Tensor, policy: str) -> tuple[int, int]:
     torch._dynamo.reset()
@@ -54,12 +56,17 @@ def test_graphs_deeper_than_python_recurses() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = x = x @ self.weight
-            for _ in range(sys.getrecursionlimit()):
+            for _ in range(DEPTH):
                 y = y + x.sigmoid()
             return (y @ self.weight).square().mean()
 
     (cut,) = trace(Deep(), torch.randn(32, 32))
-    found = plan_graph(cut, make(policy="uniform4", inner="aot_eager", min_bytes=0))
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(DEPTH)  # PyTorch takes a minute to trace as many as the usual limit
+    try:
+        found = plan_graph(cut, make(policy="uniform4", inner="aot_eager", min_bytes=0))
+    finally:
+        sys.setrecursionlimit(limit)
     assert any("affine" in t.representation for t in found.plan.tensors)
 
 
