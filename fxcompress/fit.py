@@ -172,12 +172,13 @@ def transform_prices(
         return {}
     any_rate, values = next(iter(codecs.values())), tensor.values.float()
     own = any_rate.seen(values, tensor.weights)
-    through = any_rate.seen(values, tensor.through) if tensor.through else None
-    expected, found = through_of_reference(tensor), {}
+    if tensor.through:
+        through, expected = any_rate.seen(values, tensor.through), through_of_reference(tensor)
+    found = {}
     for each in {c.spec: c for c in codecs.values()}.values():
         variance, bias = each.effect_on(own)
         passing = 1.0
-        if through is not None:
+        if tensor.through:
             passing = ratio(each.effect_on(through)[0], variance * expected)
         found[each.spec] = Price(variance / gradient_square, bias / gradient_square, passing)
     return found

@@ -217,11 +217,9 @@ def prices(tensor: Measured, specs: Sequence[str], gradient_square: float) -> di
 def through_of_reference(tensor: Measured) -> float:
     """What noise does through all that may be rebuilt over what it does by itself, under the codec
     by which the shares of the buffers were measured."""
-    both = [
-        codec(REFERENCE).effect(tensor.values, *w)[0] if w else 0.0
-        for w in (tensor.through, tensor.weights)
-    ]
-    return ratio(*both)
+    assert tensor.weights is not None
+    effect, values = codec(REFERENCE).effect, tensor.values
+    return ratio(effect(values, *tensor.through)[0], effect(values, *tensor.weights)[0])
 
 
 def ratio(a: float, b: float) -> float:
