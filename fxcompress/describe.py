@@ -37,11 +37,12 @@ def describe(
     kept = _why_kept(settings.policy)
 
     noises = {n: _noise_of(c, decision, (evidence or {}).get(n)) for n, c in chosen.items()}
+    passed_on = {n: _passed_on(c, decision, noises[n]) for n, c in chosen.items()}
 
     def row(name: str, size: int) -> TensorPlan:
         options = decision.ladders.get(name, ())
         found = _row(chosen[name], masks, size, noises[name], options, kept)
-        return _with_noise_of_roots(found, noises, decision)
+        return _with_noise_of_roots(found, passed_on, decision)
 
     rows = [
         row(c.name, c.storage_bytes) if c.name in chosen else _rebuilt(c) for c in plain.candidates
@@ -75,11 +76,23 @@ def _noise_of(choice: Choice, decision: Decision, evidence: TensorEvidence | Non
     spec = choice.codec_spec
     if spec is None or codec(spec).lossless:
         return 0.0
-    options = decision.ladders.get(choice.candidate.name, ())
-    on_ladder = (o.noise for o in options if o.choice.representation == choice.representation)
-    measured = evidence.prices.get(spec) if evidence is not None else None
+    option = _on_ladder(choice, decision)
+    if option is not None:
+        return option.noise
     # A policy may take a codec that others beat in both bytes and noise.
-    return next(on_ladder, None if measured is None else cost(measured))
+    measured = evidence.prices.get(spec) if evidence is not None else None
+    return None if measured is None else cost(measured)
+
+
+def _passed_on(choice: Choice, decision: Decision, noise: float | None) -> float | None:
+    """What counts of its noise in tensors that are rebuilt from it (see Option.passing)."""
+    option = _on_ladder(choice, decision)
+    return noise if noise is None or option is None else option.passing * noise
+
+
+def _on_ladder(choice: Choice, decision: Decision) -> Option | None:
+    options = decision.ladders.get(choice.candidate.name, ())
+    return next((o for o in options if o.choice.representation == choice.representation), None)
 
 
 def _with_noise_of_roots(
@@ -88,14 +101,8 @@ def _with_noise_of_roots(
     """What noise of coded tensors does through one that is rebuilt from them."""
     if row.representation != RECOMPUTE:
         return row
-    chosen = {c.candidate.name: c.representation for c in decision.choices}
-
-    def passing(root: str) -> float:
-        options = decision.ladders.get(root, ())
-        return next((o.passing for o in options if o.choice.representation == chosen[root]), 1.0)
-
     passes = [p for o in decision.ladders.get(row.name, ()) for p in o.passes]
-    noises = [(share * passing(root), known_noises[root]) for root, share in passes]
+    noises = [(share, known_noises[root]) for root, share in passes]
     known = [share * noise for share, noise in noises if noise is not None]
     return replace(row, predicted_variance=sum(known) if len(known) == len(noises) else None)
 

@@ -118,7 +118,9 @@ def ladder(
         if wider.representation != KEEP:
             guessed = _guess(group)[wider.representation]
             lossy[wider.representation] = option(wider, guessed, clock, weight)
-    kept = [*_undominated(lossy.values(), _by_itself), *_undominated(lossy.values(), _passed_on)]
+    kept = _undominated(lossy.values(), _by_itself)
+    if any(o.passing != 1 for o in lossy.values()):
+        kept += _undominated(lossy.values(), _passed_on)
     return [*lossless, *dict.fromkeys(kept)]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -80,8 +81,8 @@ def passed(
         if name in ways:
             own = [as_coded(candidate, each[name]) for each in derivatives]
             shares[name] = _shares(values, own, ways[name])
-            added = (sum(each) for each in zip(*ways[name].values(), strict=True))
-            readings[name] = tuple(u for u in added if isinstance(u, Tensor))
+            each_probe = zip(*ways[name].values(), strict=True)
+            readings[name] = tuple(reduce(torch.add, through) for through in each_probe)
     return shares, readings
 
 
