@@ -1,10 +1,23 @@
-"""For all tests: plans by one table of times, not by the clock of a machine that is busy."""
+"""For all tests: one thread to a process, and plans by one table of times, not by a busy clock."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Tests run in as many processes as there are cores (pytest-xdist): threads of one would only wait
+# for those of another. Before torch is imported, and for the processes that tests start. What
+# threads share among themselves has tests that ask for several.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from fxcompress import costs
+
+# No test fails for the clock of a busy machine.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 # Of an AMD EPYC, 2 cores, rounded.
 BITS = range(1, 9)

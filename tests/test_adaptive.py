@@ -84,7 +84,7 @@ def test_bytes_of_symbolic_sizes() -> None:
 
 
 @given(adaptives, shapes, float_types)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_bytes_and_bound(c: Adaptive, shape: list[int], dtype: torch.dtype) -> None:
     x = torch.randn(shape).to(dtype)
     decoded = round_trip(c, x)
@@ -100,7 +100,7 @@ def test_bytes_and_bound(c: Adaptive, shape: list[int], dtype: torch.dtype) -> N
 
 
 @given(st.integers(1, 40), averages, st.integers(0, 2**32))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_allocation_is_the_greedy_one(samples: int, bits: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     spread = 4 ** torch.randn(samples, 1, generator=generator)
@@ -114,7 +114,7 @@ def test_the_allocation_is_the_greedy_one(samples: int, bits: float, seed: int) 
 @given(
     st.lists(st.floats(0.01, 100), min_size=1, max_size=4), st.sampled_from((1.0, 2.0, 3.3, 6.5))
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_no_allocation_is_better(spread: list[float], bits: float) -> None:
     x = torch.randn(len(spread), 64) * torch.tensor(spread)[:, None]
     c = Adaptive(bits, 64)

@@ -53,7 +53,7 @@ symmetric = st.builds(
 
 
 @given(st.one_of(affines, symmetric), shapes, float_types, st.floats(-3, 3))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_values_lie_on_the_grid_of_their_scale(
     c: Affine, shape: list[int], dtype: torch.dtype, size: float
 ) -> None:
@@ -92,7 +92,7 @@ def test_values_lie_on_the_grid_of_their_scale(
 
 
 @given(symmetric | affines.map(lambda c: replace(c, zero="integer")), shapes)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_zeros_stay_zeros(c: Affine, shape: list[int]) -> None:
     torch.manual_seed(0)
     x = torch.where(torch.rand(shape) < 0.5, 0.0, torch.randn(shape))

@@ -66,7 +66,7 @@ def test_bytes_of_symbolic_sizes() -> None:
 
 
 @given(averages, shapes, float_types)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_round_trip_stays_within_a_step_of_the_mean(
     c: Average, shape: list[int], dtype: torch.dtype
 ) -> None:
@@ -124,7 +124,7 @@ def test_neighbours_in_space_share_their_mean(beta: float) -> None:
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from((1, 2, 4, 8)), st.sampled_from((1, 4)))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_ragged_blocks_have_their_true_mean(h: int, w: int, bh: int, bw: int) -> None:
     x = torch.randn(2, h, w)
     means = blocks.pool(x, [bh, bw])

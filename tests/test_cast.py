@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from codec_checks import FLOATS, float_types, round_trip, shapes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -37,7 +37,6 @@ def group_maximum(c: Cast, x: Tensor) -> Tensor:
 
 
 @given(casts, shapes, float_types, st.floats(-3, 3))
-@settings(deadline=None)
 def test_rounding_is_that_of_the_format(
     c: Cast, shape: list[int], dtype: torch.dtype, size: float
 ) -> None:
@@ -163,7 +162,6 @@ def test_bad_parameters_are_refused(spec: str) -> None:
 
 
 @given(st.sampled_from(("one", "mean")), st.sampled_from((8, 256, 1000)), shapes, float_types)
-@settings(deadline=None)
 def test_signs(scale: str, group: int, shape: list[int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     c = Sign(scale, group)

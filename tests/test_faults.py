@@ -498,7 +498,7 @@ def _places(data: Any) -> list[tuple[Any, Any]]:
     return [*((data, k) for k, _ in pairs), *(p for _, inner in pairs for p in _places(inner))]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_any_plan_file_is_read_or_refused(documents: tuple[str, str], data: st.DataObject) -> None:
     """One value replaced by any other: a plan of the right types, or an error of ours."""
@@ -513,7 +513,7 @@ def test_any_plan_file_is_read_or_refused(documents: tuple[str, str], data: st.D
     assert Plan.from_json(found.to_json()).to_json() == found.to_json()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_any_calibration_file_is_read_or_refused(
     documents: tuple[str, str], data: st.DataObject

@@ -57,7 +57,7 @@ def test_bytes_of_symbolic_sizes() -> None:
 
 
 @given(frequencies, shapes, float_types)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_round_trip_stays_within_a_step(c: Frequency, shape: list[int], dtype: torch.dtype) -> None:
     x = torch.randn(shape).to(dtype)
     decoded, stated = round_trip(c, x), c.error(x)

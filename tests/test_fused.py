@@ -68,7 +68,7 @@ def check_standardised(spec: str, x: Tensor, dim: int, order: list[int]) -> None
 
 
 @pytest.mark.parametrize("spec", FUSED)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(cases, st.integers(0, 3))
 def test_fused_equals_its_parts(
     spec: str, case: tuple[list[int], list[int], list[int], torch.dtype], dim: int

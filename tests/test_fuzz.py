@@ -67,7 +67,6 @@ HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_ba
 
 @settings(
     max_examples=EXAMPLES or 30,
-    deadline=None,
     derandomize=not EXAMPLES,
     database=None,
     suppress_health_check=[*HEALTH, HealthCheck.function_scoped_fixture],

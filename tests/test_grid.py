@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from codec_checks import round_trip, shapes
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,6 +39,7 @@ def scale_ids(per: str, shape: list[int], group: int, channels: int) -> Tensor:
 # ---- which elements share a scale ----
 
 
+@settings(max_examples=40)
 @given(st.sampled_from(sharing.PER), shapes, groups, st.integers(-3, 3), st.integers(1, 3000))
 def test_pieces_cover_all_elements_with_their_scales(
     per: str, shape: list[int], group: int, channels: int, most: int

@@ -51,7 +51,7 @@ def test_bytes_of_symbolic_sizes() -> None:
 
 
 @given(mixtures, shapes, float_types)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_bytes_and_bound(c: Mixture, shape: list[int], dtype: torch.dtype) -> None:
     x = torch.randn(shape).to(dtype)
     decoded = round_trip(c, x)

@@ -470,7 +470,7 @@ allocations = st.lists(st.tuples(st.floats(1e-3, 1e6), st.integers(1, 50)), min_
 
 
 @given(allocations, ladders, st.floats(0.5, 9))
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_no_allocation_of_its_size_is_better(
     given: list[tuple[float, int]], ladder: tuple[float, ...], average_bits: float
 ) -> None:

@@ -81,7 +81,7 @@ def test_bytes_of_symbolic_sizes(spec: str) -> None:
 
 
 @given(codecs, shapes, float_types)
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_any_shape_survives(c: Codec, shape: list[int], dtype: torch.dtype) -> None:
     x = torch.randn(shape).to(dtype)
     decoded, stated = round_trip(c, x), c.error(x)
@@ -94,7 +94,7 @@ def test_any_shape_survives(c: Codec, shape: list[int], dtype: torch.dtype) -> N
 
 
 @given(codecs, st.floats(-5, 5), float_types, st.integers(1, 700))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_constants_survive(c: Codec, value: float, dtype: torch.dtype, size: int) -> None:
     x = torch.full((size,), value).to(torch.bfloat16).to(dtype)
     decoded = round_trip(c, x)
@@ -218,7 +218,7 @@ def test_dither_has_half_the_variance_of_stochastic_rounding(bits: int) -> None:
 
 
 @given(dithers, shapes, float_types)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_dither_has_affines_payload(c: Dither, shape: list[int], dtype: torch.dtype) -> None:
     x = torch.randn(shape).to(dtype)
     assert torch.equal(c.encode(x, step_key(), 3), Affine(c.bits, c.group).encode(x, step_key(), 3))

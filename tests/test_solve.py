@@ -261,7 +261,7 @@ def problems(draw: st.DrawFn) -> Problem:
 shares = st.floats(0.05, 1.0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), shares)
 def test_least_noise_under_a_peak(given: Problem, share: float) -> None:
     lowest, highest = min(p.peak for p in given.plans), max(p.peak for p in given.plans)
@@ -277,7 +277,7 @@ def test_least_noise_under_a_peak(given: Problem, share: float) -> None:
     assert brute.cost <= best * (1 + GAP) * (1 + 2 * TIE) + 1e-12
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems(), shares)
 def test_least_noise_under_saved_bytes(given: Problem, share: float) -> None:
     lowest, highest = min(p.saved for p in given.plans), max(p.saved for p in given.plans)
@@ -288,7 +288,7 @@ def test_least_noise_under_saved_bytes(given: Problem, share: float) -> None:
     assert found.cost <= best * (1 + GAP) * (1 + 2 * TIE) + 1e-12
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems(), st.none() | st.floats(1e-6, 2e3))
 def test_least_peak_under_a_noise(given: Problem, noise: float | None) -> None:
     best = min(p.peak for p in given.plans if noise is None or p.noise <= noise)
@@ -297,7 +297,7 @@ def test_least_peak_under_a_noise(given: Problem, noise: float | None) -> None:
     assert best <= found.peak <= best * (1 + GAP) + 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(problems())
 def test_least_saved(given: Problem) -> None:
     best = min(p.saved for p in given.plans)
@@ -305,7 +305,7 @@ def test_least_saved(given: Problem) -> None:
     assert best <= found.saved <= best * (1 + GAP)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems())
 def test_a_peak_out_of_reach(given: Problem) -> None:
     lowest = min(p.peak for p in given.plans)
@@ -315,7 +315,7 @@ def test_a_peak_out_of_reach(given: Problem) -> None:
     assert greedy.within(program, peak=lowest - 8) is None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems(), shares)
 def test_greedy_plans_keep_every_rule(given: Problem, share: float) -> None:
     program = build(given.ladders, given.step)
@@ -330,7 +330,7 @@ def test_greedy_plans_keep_every_rule(given: Problem, share: float) -> None:
         assert of[program.choices(within)].peak <= limit
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(problems(), shares)
 def test_without_time_the_greedy_plan_is_taken(given: Problem, share: float) -> None:
     program = build(given.ladders, given.step)

@@ -33,6 +33,7 @@ TESTS = (
 )
 # Not all of the extra `dev`: a torchvision for the newest release may not be out yet.
 NEEDED = ("pytest>=8", "hypothesis>=6.100", "jsonschema>=4.18")
+IN_ONE_PROCESS = ("-o", "addopts=", "-m", "not slow", "-vv", "--tb=short", "-p", "no:cacheprovider")
 NOTHING_INSTALLED = 3
 
 
@@ -105,7 +106,7 @@ def run_release(release: str, work: Path, tests: Sequence[str], timeout: float) 
     with log.open("w") as file:
         try:
             subprocess.run(
-                [python, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", *tests],
+                [python, "-m", "pytest", *IN_ONE_PROCESS, *tests],
                 cwd=ROOT,
                 env={
                     **os.environ,
