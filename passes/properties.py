@@ -276,12 +276,45 @@ def is_step(node: fx.Node) -> bool:
 
 
 def is_exponential(node: fx.Node) -> bool:
-    return op_name(node) in _EXPONENTIAL
+    """An error of its input may grow without bound."""
+    return op_name(node) in _EXPONENTIAL and not is_logistic(node)
+
+
+def is_logistic(node: fx.Node) -> bool:
+    """A step of `y / (1 + exp(x))` or `log(1 + exp(x))`, which are as smooth as a sigmoid.
+
+    So SiLU, softplus and Mish are spelled once PyTorch has taken them apart.
+    """
+    if op_name(node) == "exp":
+        return bool(node.users) and all(
+            _flattens(u, node) or (_is_raised(u) and all(_flattens(r, u) for r in u.users))
+            for u in node.users
+        )
+    return any(_flattens(node, n) for n in node.all_input_nodes)
+
+
+def _is_raised(node: fx.Node) -> bool:
+    """`exp(x)` and a positive constant."""
+    if op_name(node) != "add" or len(node.args) != 2 or node.kwargs:
+        return False
+    exp, constant = node.args
+    is_exp = isinstance(exp, fx.Node) and op_name(exp) == "exp"
+    return is_exp and isinstance(constant, int | float) and constant > 0
+
+
+def _flattens(node: fx.Node, grown: fx.Node) -> bool:
+    name = op_name(node)
+    if name == "log1p":
+        return op_name(grown) == "exp"
+    divides = name in {"reciprocal", "log"} or (name == "div" and _positions(node, grown) == [1])
+    return divides and _is_raised(grown)
 
 
 def has_pole(node: fx.Node, argument: fx.Node) -> bool:
-    """``node`` divides by ``argument``, or takes its logarithm."""
+    """``node`` divides by ``argument``, or takes its logarithm, and it may be zero."""
     name = op_name(node)
+    if _is_raised(argument):
+        return False
     if name == "div":
         return 1 in _positions(node, argument)
     if name == "pow":

@@ -1,6 +1,6 @@
 """Recompute: do not save what a few pointwise steps rebuild from another saved tensor.
 
-Min-cut saves both the input and the output of a GELU, both a convolution's output and the ReLU of
+Min-cut saves both the input and the output of a GELU or a SiLU, both a convolution's output and the ReLU of
 its batch norm: it counts kernels, and reading either is as fast. Here the second one costs a
 payload, its encode and its decode, while rebuilding it fuses into the read of the first. Only steps
 that do not magnify an error are taken, so the rebuilt tensor is about as far off as its source. A
@@ -97,7 +97,8 @@ def _recipe(
 ) -> Recipe | None:
     """Steps back from the tensor to one large saved tensor and small values; None if too far.
 
-    A mask will do for the large one, saved or not: it takes a bit where the tensor took a float.
+    A mask beside it will do, or in its place, saved or not: it takes a bit where the tensor took a
+    float, and the backward of an operator in pieces (leaky ReLU, softplus) needs it anyway.
     """
     size = _numel(saved.forward)
     steps: dict[fx.Node, None] = {}
@@ -121,14 +122,18 @@ def _recipe(
             return None
         steps[node] = None
         pending.extend(node.all_input_nodes)
-    is_one = len(large) == 1 and all(n.op != "placeholder" or n in parameters for n in large)
-    return Recipe(saved, tuple(sorted(steps)), tuple(sources)) if is_one else None
+    masks = {n for n in large if prop.value(n).dtype == torch.bool}
+    few = 0 < len(large) and len(large - masks) <= 1 and len(masks) <= 1
+    if not few or any(n.op == "placeholder" and n not in parameters for n in large):
+        return None
+    return Recipe(saved, tuple(sorted(steps)), tuple(sources))
 
 
 def _is_tame(node: fx.Node) -> bool:
     if node.op != "call_function" or not prop.is_tensor(node) or torch_private.must_recompute(node):
         return False
-    return prop.is_pure(node) and (prop.op_name(node) in _TAME or prop.is_view(node))
+    tame = prop.op_name(node) in _TAME or prop.is_view(node) or prop.is_logistic(node)
+    return tame and prop.is_pure(node)
 
 
 def _rebuild(graph: fx.Graph, recipe: Recipe, received: dict[fx.Node, fx.Node]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -70,6 +70,47 @@ def test_exponential_steps_are_not_rebuilt() -> None:
 
     recorder = record(step, torch.randn(8, 16), policy="uniform4")
     assert "recompute" not in representations(recorder).values()
+
+
+@pytest.mark.parametrize(
+    "act",
+    [F.silu, F.softplus, F.mish, lambda x: F.dropout(F.gelu(x), 0.1)],
+    ids=["silu", "softplus", "mish", "gelu and dropout"],
+)
+def test_smooth_activations_are_rebuilt(act: Callable[[Tensor], Tensor]) -> None:
+    """However many exponentials they are made of, once PyTorch has taken them apart."""
+    layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def step(x: Tensor) -> Tensor:
+        return layers[1](act(layers[0](x))).square()
+
+    x = torch.randn(64, 32)
+    found = representations(record(step, x, policy="uniform2"))
+    assert found.pop("addmm").startswith("affine(bits=2)")
+    assert found.pop("addmm_1").startswith("affine(bits=2)")
+    assert sorted(found.values()) in (["recompute"], ["bits(bits=1)", "recompute"])
+
+
+def test_an_exponential_beside_its_sigmoid_is_one() -> None:
+    layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def step(x: Tensor) -> Tensor:
+        grown = layers[0](x).exp()
+        return layers[1](1 / (1 + grown) + 1e-3 * grown).square()
+
+    assert "recompute" not in representations(record(step, torch.randn(64, 32), policy="uniform2"))
+
+
+def test_a_gate_that_is_squeezed_bears_few_bits() -> None:
+    """Statistics join the convolution on its way to the exponential of a SiLU: no floor of bits."""
+    layer = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU())
+
+    def step(x: Tensor) -> Tensor:
+        y = layer(x)
+        return y * y.mean((2, 3), keepdim=True).sigmoid()
+
+    found = representations(record(step, image(), policy="uniform2"))
+    assert found["convolution"].startswith("affine(bits=2)")
 
 
 def test_batch_norm_inputs_are_coded_in_units_of_their_channels() -> None:
