@@ -114,6 +114,8 @@ def test_unknown_policies() -> None:
         Net(lambda: fxcompress.policy("nine"))(torch.randn(32, 64))
     with pytest.raises(fxcompress.SettingsError, match="unknown policy 'nine'"):
         compiled(Net(lambda: fxcompress.policy("nine")))
+    with pytest.raises(fxcompress.SettingsError, match="ratio_saved=12 for @12"):
+        fxcompress.backend(policy="auto@12")
     with pytest.raises(fxcompress.SettingsError, match="calibration"):
         compiled(Net(lambda: fxcompress.policy("gact-l2.2")))
 
