@@ -54,7 +54,7 @@ def outliving(graph: fx.Graph, free: set[fx.Node]) -> list[list[fx.Node]]:
     written: set[fx.Node] = set()  # what is in memory anyway
     sources: dict[fx.Node, set[fx.Node]] = {}  # in memory, by result that is not
     found = []
-    for region in _regions(graph):
+    for region in regions(graph):
         _trace(region, written, sources)
         end = place[region[-1]]
         front = {n for n in region if n in sources and any(place[r] > end for r in prop.readers(n))}
@@ -70,7 +70,7 @@ def outliving(graph: fx.Graph, free: set[fx.Node]) -> list[list[fx.Node]]:
     return found
 
 
-def _regions(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+def regions(graph: fx.Graph) -> Iterator[list[fx.Node]]:
     """The nodes up to and including each call; our own, which stand by their readers, apart."""
     region = []
     for node in graph.nodes:

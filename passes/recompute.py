@@ -1,11 +1,11 @@
 """Recompute: do not save what a few pointwise steps rebuild from another saved tensor.
 
-Min-cut saves both the input and the output of a GELU or a SiLU, both a convolution's output and the ReLU of
-its batch norm: it counts kernels, and reading either is as fast. Here the second one costs a
-payload, its encode and its decode, while rebuilding it fuses into the read of the first. Only steps
-that do not magnify an error are taken, so the rebuilt tensor is about as far off as its source. A
-tensor that a mask tells all about (signs) is rebuilt from the mask; under autocast, the cast of a
-weight from the weight, which is there anyway.
+Min-cut saves both the input and the output of a GELU or a SiLU, both a convolution's output and the
+ReLU of its batch norm: it counts kernels, and reading either is as fast. Here the second one costs
+a payload, its encode and its decode, while rebuilding it fuses into the read of the first. Only
+steps that do not magnify an error are taken, so the rebuilt tensor is about as far off as its
+source. A tensor that a mask tells all about (signs) is rebuilt from the mask; under autocast, the
+cast of a weight from the weight, which is there anyway.
 
 This runs before the analysis: comparisons of a rebuilt tensor show up as readers of its source and
 are hoisted like any other.
@@ -123,7 +123,7 @@ def _recipe(
         steps[node] = None
         pending.extend(node.all_input_nodes)
     masks = {n for n in large if prop.value(n).dtype == torch.bool}
-    few = 0 < len(large) and len(large - masks) <= 1 and len(masks) <= 1
+    few = len(large) > 0 and len(large - masks) <= 1 and len(masks) <= 1
     if not few or any(n.op == "placeholder" and n not in parameters for n in large):
         return None
     return Recipe(saved, tuple(sorted(steps)), tuple(sources))

@@ -1,0 +1,59 @@
+"""Postpone: what no gradient goes into is computed where it is read, not as soon as it can be.
+
+A backward computes some things from saved tensors alone: what SiLU's gradient is multiplied by, the
+output of a norm for the weight behind it. Inductor fuses loops that read the same tensor. Where a
+convolution is repeated so that its SiLU can be rebuilt for the layer behind it, the loop that does
+so would also compute the factors for the SiLU's own gradient, and these would wait in memory until
+the layer behind has handed that gradient back: three tensors in place of one at the peak of an
+EfficientNet's step, 19.3 MB where 12.7 were planned.
+
+The tensor that both read is given to `fxcompress::fence` in between, which is said to write to it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import fx
+
+from fxcompress.passes import properties as prop
+from fxcompress.passes.analyse import tangent_dependent
+from fxcompress.passes.capture import Cut
+from fxcompress.passes.realise import SMALLEST, regions
+from fxcompress.passes.reuse import is_called_on, reuse
+
+
+def postpone(cut: Cut) -> None:
+    """Keep Inductor from computing early what waits for a gradient, in place."""
+    graph = cut.backward.graph
+    for last, tensors in shared(graph, tangent_dependent(cut)).items():
+        with graph.inserting_after(last):
+            fence = graph.call_function(torch.ops.fxcompress.fence.default, (tensors,))
+        fence.meta["val"] = None
+    graph.lint()
+    cut.backward.recompile()
+
+
+def shared(graph: fx.Graph, waiting: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Tensors that loops read on both sides of a call, by that call, in graph order.
+
+    Args:
+        waiting: nodes that a gradient goes into: these cannot be computed before it is there.
+    """
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    returned = {prop.storage_root(n) for n in output.all_input_nodes}
+    parts = list(regions(graph))
+    number = {node: i for i, part in enumerate(parts) for node in part}
+    computed = reuse(graph)
+    found: dict[int, dict[fx.Node, None]] = defaultdict(dict)
+    for node, reads in computed.reads.items():
+        if node in waiting or not (node in computed.written or is_called_on(node)):
+            continue
+        for tensor in reads - returned:
+            if tensor.op == "call_function" and prop.tensor_bytes(tensor) >= SMALLEST:
+                loops = (number[r] for r in prop.readers(tensor) if prop.is_pointwise(r))
+                earlier = [i for i in loops if i < number[node]]
+                if earlier:
+                    found[max(earlier)][tensor] = None
+    return {parts[i][-1]: sorted(found[i]) for i in sorted(found)}

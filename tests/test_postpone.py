@@ -1,0 +1,91 @@
+"""What no gradient goes into is computed where it is read, and counted where it lies in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_graphs import calls
+from torch import Tensor, nn
+from torch._inductor import config
+
+import fxcompress
+from fxcompress import pipeline
+from fxcompress.passes import properties as prop
+from fxcompress.passes.postpone import postpone
+from fxcompress.passes.properties import op_name
+from fxcompress.passes.reuse import reuse
+from fxcompress.record import Recorder
+from fxcompress.tools import memory
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Wide(nn.Module):
+    """Narrow, wide, narrow, as in an EfficientNet: it is worth while to repeat what is wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.expand, self.norm = nn.Conv2d(8, 64, 1, bias=False), nn.BatchNorm2d(64)
+        self.narrow = nn.Conv2d(64, 8, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.narrow(nn.functional.silu(self.norm(self.expand(x)))).square().mean()
+
+
+REPEATED = {"match": "expand", "representation": "recompute"}
+
+
+def test_factors_wait_for_their_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Wide(), torch.randn(8, 8, 32, 32)
+    wide = 8 * x.nbytes
+
+    def peak() -> tuple[int, int]:
+        torch._dynamo.reset()
+        backend = fxcompress.backend(policy="lossless", min_bytes=0, overrides=[REPEATED])
+        compiled = torch.compile(model, backend=backend)
+
+        def step() -> None:
+            compiled(x).backward()
+
+        with config.patch(force_disable_caches=True):
+            step()
+        plan = backend.plan()
+        assert {t.representation for t in plan.tensors if t.storage_bytes == wide} == {"recompute"}
+        return memory.measure_step(step, model.parameters()).peak_bytes, plan.planned_peak_bytes
+
+    found, planned = peak()
+    assert abs(found - planned) < 0.5 * wide
+    monkeypatch.setattr(pipeline, "postpone", lambda cut: None)
+    assert found < peak()[0] - 0.5 * wide
+
+
+@pytest.mark.parametrize(("act", "found"), [(nn.SiLU, {"sigmoid", "add"}), (nn.ReLU, set())])
+def test_what_is_written_for_its_second_reader(act: type[nn.Module], found: set[str]) -> None:
+    """An exponential, and what is computed from many tensors."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), act())
+    recorder = Recorder(0)
+    torch.compile(model, backend=recorder)(torch.randn(4, 3, 8, 8)).sum().backward()
+    (recording,) = recorder.recordings()
+    written = reuse(recording.cut.backward.graph).written
+    assert {op_name(n) for n in written if prop.tensor_bytes(n) == 4 * 4 * 8 * 64} == found
+
+
+def test_nothing_is_fenced_that_only_calls_share() -> None:
+    def step(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.sin(torch.sin(x @ weight) @ weight) @ weight
+
+    recorder = Recorder(0)
+    x, weight = torch.randn(512, 64), torch.randn(64, 64, requires_grad=True)
+    torch.compile(step, backend=recorder)(x, weight).sum().backward()
+    (recording,) = recorder.recordings()
+    cut = recording.cut.copy()
+    postpone(cut)
+    assert not calls(cut.backward, "fxcompress::fence")
