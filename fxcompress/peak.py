@@ -39,7 +39,7 @@ from fxcompress.passes.layout import can_pin, copied_inputs
 from fxcompress.passes.products import held_for_sums
 from fxcompress.passes.recipes import Recipe
 from fxcompress.passes.rectified import mask_of
-from fxcompress.passes.reuse import reuse
+from fxcompress.passes.reuse import outlives_a_reduction, reuse
 from fxcompress.passes.rewrite import (
     KEEP,
     OFFLOAD,
@@ -450,7 +450,6 @@ def _follow_reads(
         region += prop.is_extern(node)
         regions[at[node]] = region
     reused = reuse(graph[0].graph).written
-    first: dict[fx.Node, int] = {}  # where the first loop or call that it goes into stands
     for node in reversed(graph):
         positions = [] if prop.is_view(node) else [at[node]]
         written = False
@@ -480,20 +479,13 @@ def _follow_reads(
             else:
                 positions.append(last[user])
         last[node] = max(positions, default=-1)
-        first[node] = min(
-            (
-                at[u] if u in owners or u.op == "output" or prop.is_extern(u) else first[u]
-                for u in node.users
-            ),
-            default=at[node],
-        )
         owns = node.op == "placeholder" or (
             prop.is_tensor(node)
             and (
                 _writes_memory(node)
                 or written
                 or regions[at[node]] != regions.get(last[node], regions[at[node]])
-                or (node in reused and first[node] < last[node])  # by more than one loop
+                or (node in reused and outlives_a_reduction(node))
             )
         )
         if owns:

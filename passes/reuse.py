@@ -1,13 +1,14 @@
 """Reuse: which pointwise results Inductor writes to memory because they are read more than once.
 
 Inductor computes a pointwise result anew in each of its readers, unless that would read many
-tensors each time or, on a CPU, take an exponential (`realize_reads_threshold` and
+tensors each time or, on a CPU, take an exponential or the like (`realize_reads_threshold` and
 `should_realize_on_reuse` in torch/_inductor). Where all readers are in one loop, what it wrote
 never leaves the loop; where a reduction stands between them, it is a buffer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -15,7 +16,7 @@ from torch import fx
 from fxcompress.passes import properties as prop
 
 MANY = 4  # tensors, `realize_reads_threshold`
-_HEAVY = frozenset({"exp", "sigmoid"})
+_HEAVY = frozenset({"exp", "log", "log10", "log1p", "log2", "sigmoid", "tanh"})
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,38 @@ def reuse(graph: fx.Graph) -> Reuse:
         if len(node.users) > 1 and (len(reads[node]) > MANY or node in heavy):
             written.add(node)
     return Reuse(reads, frozenset(written))
+
+
+def outlives_a_reduction(node: fx.Node) -> bool:
+    """It is read again by a loop that waits for a reduction of it, as in the backward of a BN.
+
+    A reduction along rows leaves no buffer: both loops are made one, row by row.
+    """
+    loop = reached({node}, prop.is_pointwise) | {node}
+    reductions = {u for n in loop for u in n.users if _reduces_columns(u)}
+    after = reached(reductions, lambda n: prop.is_pointwise(n) or prop.is_view(n))
+    return any(not loop.isdisjoint(n.all_input_nodes) for n in after)
+
+
+def reached(starts: set[fx.Node], passes: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """What is computed from the starts by nothing but such nodes."""
+    found: set[fx.Node] = set()
+    pending = list(starts)
+    while pending:
+        for user in pending.pop().users:
+            if user not in found and prop.is_tensor(user) and passes(user):
+                found.add(user)
+                pending.append(user)
+    return found
+
+
+def _reduces_columns(node: fx.Node) -> bool:
+    if prop.op_name(node) not in {"sum", "mean"} or len(node.args) < 2:
+        return False
+    source, dims = node.args[:2]
+    assert isinstance(source, fx.Node)
+    rank = prop.value(source).dim()
+    return isinstance(dims, Sequence) and 0 in {int(d) % rank for d in dims if isinstance(d, int)}
 
 
 def is_called_on(node: fx.Node) -> bool:
