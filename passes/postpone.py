@@ -28,14 +28,18 @@ from fxcompress.passes.reuse import is_called_on, reached, reuse
 
 def postpone(cut: Cut) -> None:
     """Keep Inductor from computing early what waits for a gradient, in place."""
-    graph = cut.backward.graph
-    for last, tensors in shared(graph, tangent_dependent(cut)).items():
+    fence_off(cut.backward.graph, tangent_dependent(cut))
+    cut.backward.graph.lint()
+    cut.backward.recompile()
+
+
+def fence_off(graph: fx.Graph, waiting: set[fx.Node]) -> None:
+    """Fences where tensors are shared (see :func:`shared`), in place."""
+    for last, tensors in shared(graph, waiting).items():
         with graph.inserting_after(last):
             fence = graph.call_function(torch.ops.fxcompress.fence.default, (tensors,))
         fence.meta["val"] = None
         _compute_anew(graph, tensors, fence)
-    graph.lint()
-    cut.backward.recompile()
 
 
 def _compute_anew(graph: fx.Graph, tensors: list[fx.Node], fence: fx.Node) -> None:

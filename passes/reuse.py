@@ -80,8 +80,8 @@ def _reduces_columns(node: fx.Node) -> bool:
         return False
     source, dims = node.args[:2]
     assert isinstance(source, fx.Node)
-    rank = prop.value(source).dim()
-    return isinstance(dims, Sequence) and 0 in {int(d) % rank for d in dims if isinstance(d, int)}
+    first = (0, -prop.value(source).dim())
+    return isinstance(dims, Sequence) and any(d in first for d in dims)
 
 
 def is_called_on(node: fx.Node) -> bool:

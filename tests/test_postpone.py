@@ -7,15 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 from test_graphs import calls
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._inductor import config
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxcompress
 from fxcompress import pipeline
 from fxcompress.passes import properties as prop
-from fxcompress.passes.postpone import postpone
+from fxcompress.passes.postpone import fence_off, postpone, shared
 from fxcompress.passes.properties import op_name
-from fxcompress.passes.reuse import reuse
+from fxcompress.passes.reuse import reached, reuse
 from fxcompress.record import Recorder
 from fxcompress.tools import memory
 
@@ -76,6 +77,35 @@ def test_what_is_written_for_its_second_reader(act: type[nn.Module], found: set[
     (recording,) = recorder.recordings()
     written = reuse(recording.cut.backward.graph).written
     assert {op_name(n) for n in written if prop.tensor_bytes(n) == 4 * 4 * 8 * 64} == found
+
+
+def test_what_is_inlined_is_computed_on_both_sides() -> None:
+    """A fence would have it written down."""
+
+    def backward(x: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
+        y = x @ weight
+        both = y + 1
+        before = both.tanh() @ weight
+        factor = both.sigmoid()
+        return (gradient + before) * factor * (1 - factor)
+
+    inputs = (torch.randn(512, 64), torch.randn(64, 64), torch.randn(512, 64))
+    module = make_fx(backward, tracing_mode="fake")(*inputs)
+    expected, (first, second) = module(*inputs), calls_of(module, "mm")
+    (gradient,) = (n for n in module.graph.nodes if n.name == "gradient_1")
+    waiting = reached({gradient}, lambda n: True) | {gradient}
+    assert shared(module.graph, waiting) == {second: [first]}
+    fence_off(module.graph, waiting)
+    module.recompile()
+    (fence,) = (n for n in module.graph.nodes if op_name(n) == "fence")
+    one, other = (n for n in calls_of(module, "add") if n.args[1] == 1)
+    assert one < second < fence < other
+    assert all(u < fence for u in one.users)
+    assert torch.equal(module(*inputs), expected)
+
+
+def calls_of(module: fx.GraphModule, name: str) -> list[fx.Node]:
+    return [n for n in module.graph.nodes if op_name(n) == name]
 
 
 def test_nothing_is_fenced_that_only_calls_share() -> None:
