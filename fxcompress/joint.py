@@ -80,10 +80,25 @@ def plan_together(parts: Sequence[Part]) -> list[Given]:
     return _given(parts, shares, sizes, found.gap)
 
 
-def changes(planned: Planned, given: Given) -> bool:
-    """The graph is to do something else than it does."""
+def changing(planned: Sequence[Planned], given: Sequence[Given]) -> list[bool]:
+    """Which of the graphs are to do something else than they do.
+
+    A graph that was left as plain Inductor has it saves what the program has a few steps rebuild.
+    """
+    found = [_changes_choices(p, g) for p, g in zip(planned, given, strict=True)]
+    return [
+        change or (any(found) and each.decision is None and _rebuilds(each))
+        for change, each in zip(found, planned, strict=True)
+    ]
+
+
+def _changes_choices(planned: Planned, given: Given) -> bool:
     now, then = chosen(_choices(planned)), given.choices
     return any(now[name].representation != then[name].representation for name in now)
+
+
+def _rebuilds(planned: Planned) -> bool:
+    return {c.name for c in planned.plain.candidates} != {c.name for c in planned.candidates}
 
 
 def _given(

@@ -14,7 +14,7 @@ from typing import Any
 
 from fxcompress import shares, torch_private
 from fxcompress.evidence import Calibration, signature
-from fxcompress.joint import Part, changes, plan_together
+from fxcompress.joint import Part, changing, plan_together
 from fxcompress.pipeline import Planned
 from fxcompress.planner import Given
 from fxcompress.settings import Settings
@@ -106,8 +106,9 @@ class Whole:
         except Exception as error:  # never the reason why a training stops
             log.warning("graphs keep the plans they have: %s", error)
             return
-        for graph, given in zip(self.graphs, found, strict=True):
-            graph.given = given if changes(graph.planned, given) else None
+        changed = changing([g.planned for g in self.graphs], found)
+        for graph, given, is_changed in zip(self.graphs, found, changed, strict=True):
+            graph.given = given if is_changed else None
         named = {g.name: (given, _measured(g)) for g, given in zip(self.graphs, found, strict=True)}
         if len(named) == len(self.graphs):  # else one name would stand for two
             shares.remember(named)

@@ -62,7 +62,7 @@ def test_a_curve(broken: bool) -> None:
     assert noise == sorted(noise, reverse=True)
     assert noise[0] > 0 == noise[-1]
     assert curve[0].overhead > 0 == curve[-1].overhead
-    assert curve[-1].saved_bytes == curve[-1].plan.saved_bytes_before > curve[0].saved_bytes
+    assert curve[-1].plan.saved_bytes_before >= curve[-1].saved_bytes > curve[0].saved_bytes
     # What was planned ahead is what a compile does.
     assert compiled_peak(1024, broken, plan=curve[1].plan) == peaks[1]
     assert compiled_peak(1024, broken, policy="auto", budget_mb=1000) == peaks[-1]
