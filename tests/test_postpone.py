@@ -68,15 +68,15 @@ def test_factors_wait_for_their_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found < peak()[0] - 0.5 * wide
 
 
-@pytest.mark.parametrize(("act", "found"), [(nn.SiLU, {"sigmoid", "add"}), (nn.ReLU, set())])
-def test_what_is_written_for_its_second_reader(act: type[nn.Module], found: set[str]) -> None:
-    """An exponential, and what is computed from many tensors."""
+@pytest.mark.parametrize(("act", "count"), [(nn.SiLU, 2), (nn.ReLU, 0)])
+def test_what_is_written_for_its_second_reader(act: type[nn.Module], count: int) -> None:
+    """A sigmoid, however the release spells it, and a norm's output, computed from five tensors."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), act())
     recorder = Recorder(0)
     torch.compile(model, backend=recorder)(torch.randn(4, 3, 8, 8)).sum().backward()
     (recording,) = recorder.recordings()
     written = reuse(recording.cut.backward.graph).written
-    assert {op_name(n) for n in written if prop.tensor_bytes(n) == 4 * 4 * 8 * 64} == found
+    assert sum(prop.tensor_bytes(n) == 4 * 4 * 8 * 64 for n in written) == count
 
 
 def test_what_is_inlined_is_computed_on_both_sides() -> None:
