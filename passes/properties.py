@@ -283,7 +283,7 @@ def is_exponential(node: fx.Node) -> bool:
 def is_logistic(node: fx.Node) -> bool:
     """A step of `y / (1 + exp(x))` or `log(1 + exp(x))`, which are as smooth as a sigmoid.
 
-    So SiLU, softplus and Mish are spelled once PyTorch has taken them apart.
+    So SiLU and softplus are spelled once PyTorch has taken them apart.
     """
     if op_name(node) == "exp":
         return bool(node.users) and all(

@@ -97,8 +97,7 @@ def _recipe(
 ) -> Recipe | None:
     """Steps back from the tensor to one large saved tensor and small values; None if too far.
 
-    A mask beside it will do, or in its place, saved or not: it takes a bit where the tensor took a
-    float, and the backward of an operator in pieces (leaky ReLU, softplus) needs it anyway.
+    A mask will do for the large one, saved or not: it takes a bit where the tensor took a float.
     """
     size = _numel(saved.forward)
     steps: dict[fx.Node, None] = {}
@@ -122,11 +121,8 @@ def _recipe(
             return None
         steps[node] = None
         pending.extend(node.all_input_nodes)
-    masks = {n for n in large if prop.value(n).dtype == torch.bool}
-    few = len(large) > 0 and len(large - masks) <= 1 and len(masks) <= 1
-    if not few or any(n.op == "placeholder" and n not in parameters for n in large):
-        return None
-    return Recipe(saved, tuple(sorted(steps)), tuple(sources))
+    is_one = len(large) == 1 and all(n.op != "placeholder" or n in parameters for n in large)
+    return Recipe(saved, tuple(sorted(steps)), tuple(sources)) if is_one else None
 
 
 def _is_tame(node: fx.Node) -> bool:

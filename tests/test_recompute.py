@@ -11,6 +11,7 @@ from test_graphs import Recorder, record
 from torch import Tensor, nn
 
 import fxcompress
+from fxcompress.passes.analyse import analyse
 from fxcompress.passes.properties import op_name
 
 
@@ -72,11 +73,7 @@ def test_exponential_steps_are_not_rebuilt() -> None:
     assert "recompute" not in representations(recorder).values()
 
 
-@pytest.mark.parametrize(
-    "act",
-    [F.silu, F.softplus, F.mish, lambda x: F.dropout(F.gelu(x), 0.1)],
-    ids=["silu", "softplus", "mish", "gelu and dropout"],
-)
+@pytest.mark.parametrize("act", [F.silu, F.gelu])
 def test_smooth_activations_are_rebuilt(act: Callable[[Tensor], Tensor]) -> None:
     """However many exponentials they are made of, once PyTorch has taken them apart."""
     layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
@@ -84,11 +81,22 @@ def test_smooth_activations_are_rebuilt(act: Callable[[Tensor], Tensor]) -> None
     def step(x: Tensor) -> Tensor:
         return layers[1](act(layers[0](x))).square()
 
-    x = torch.randn(64, 32)
-    found = representations(record(step, x, policy="uniform2"))
-    assert found.pop("addmm").startswith("affine(bits=2)")
-    assert found.pop("addmm_1").startswith("affine(bits=2)")
-    assert sorted(found.values()) in (["recompute"], ["bits(bits=1)", "recompute"])
+    found = representations(record(step, torch.randn(64, 32), policy="uniform2"))
+    assert sorted(r.partition("(")[0] for r in found.values()) == ["affine", "affine", "recompute"]
+
+
+def test_gated_products_have_smooth_recipes() -> None:
+    """They may be rebuilt from coded tensors."""
+    layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def step(x: Tensor) -> Tensor:
+        return layers[2](F.silu(layers[0](x)) * layers[1](x)).square()
+
+    recorder = record(step, torch.randn(64, 32), policy="uniform2")
+    candidates = analyse(recorder.before, 0)
+    recipes = [c.recipe for c in candidates if c.recipe is not None and len(c.recipe.roots) > 1]
+    assert recipes
+    assert all(r.is_smooth for r in recipes)
 
 
 def test_an_exponential_beside_its_sigmoid_is_one() -> None:
