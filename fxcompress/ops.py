@@ -153,7 +153,8 @@ def region(policy: str) -> None:
 
 
 def fence(xs: Sequence[Tensor]) -> None:
-    """Nothing: a compiler that believes the schema has them in memory by then (passes/realise.py).
+    """Nothing: a compiler that believes the schema has them in memory by then, and reads
+    them anew after it (passes/realise.py, postpone.py).
 
     xs: intermediate results of the graph, never its inputs or outputs.
     """
