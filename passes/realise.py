@@ -25,6 +25,7 @@ from torch import fx
 
 from fxcompress.passes import properties as prop
 from fxcompress.passes.capture import Cut, placeholders
+from fxcompress.passes.reuse import is_called_on
 
 SMALLEST = 1 << 16  # bytes; it is not worth a kernel's while to let less die
 WORTH = 1.5  # bytes that die for each that is written, which also takes time
@@ -140,6 +141,5 @@ def _closure(dying: dict[fx.Node, set[fx.Node]]) -> set[fx.Node]:
 
 def _is_inlined(node: fx.Node) -> bool:
     """Inductor may compute it in its readers: pointwise, pure, and no call reads it."""
-    if not (prop.is_tensor(node) and prop.is_pointwise(node) and prop.is_pure(node)):
-        return False
-    return not any(r.op == "output" or prop.is_extern(r) for r in prop.readers(node))
+    is_fused = prop.is_tensor(node) and prop.is_pointwise(node) and prop.is_pure(node)
+    return is_fused and not is_called_on(node)

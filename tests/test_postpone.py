@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from test_graphs import calls
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._inductor import config
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -15,7 +15,6 @@ import fxcompress
 from fxcompress import pipeline
 from fxcompress.passes import properties as prop
 from fxcompress.passes.postpone import fence_off, postpone, shared
-from fxcompress.passes.properties import op_name
 from fxcompress.passes.reuse import reached, reuse
 from fxcompress.record import Recorder
 from fxcompress.tools import memory
@@ -91,21 +90,17 @@ def test_what_is_inlined_is_computed_on_both_sides() -> None:
 
     inputs = (torch.randn(512, 64), torch.randn(64, 64), torch.randn(512, 64))
     module = make_fx(backward, tracing_mode="fake")(*inputs)
-    expected, (first, second) = module(*inputs), calls_of(module, "mm")
+    expected, (first, second) = module(*inputs), calls(module, "aten::mm")
     (gradient,) = (n for n in module.graph.nodes if n.name == "gradient_1")
     waiting = reached({gradient}, lambda n: True) | {gradient}
     assert shared(module.graph, waiting) == {second: [first]}
     fence_off(module.graph, waiting)
     module.recompile()
-    (fence,) = (n for n in module.graph.nodes if op_name(n) == "fence")
-    one, other = (n for n in calls_of(module, "add") if n.args[1] == 1)
+    (fence,) = calls(module, "fxcompress::fence")
+    one, other = (n for n in calls(module, "aten::add") if n.args[1] == 1)
     assert one < second < fence < other
     assert all(u < fence for u in one.users)
     assert torch.equal(module(*inputs), expected)
-
-
-def calls_of(module: fx.GraphModule, name: str) -> list[fx.Node]:
-    return [n for n in module.graph.nodes if op_name(n) == name]
 
 
 def test_nothing_is_fenced_that_only_calls_share() -> None:
