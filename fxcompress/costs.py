@@ -123,7 +123,7 @@ def step_seconds(cut: Cut, candidates: Sequence[Candidate], found: Rates) -> flo
 
 def added_seconds(choice: Choice, found: Rates) -> float:
     """Time that encoding and decoding, rebuilding, or the way to host memory and back add to a
-    step; masks, packed by all, do not count. A decode takes half of what both take."""
+    step; masks, packed by all, do not count. Readers share a decode (passes/decodes.py)."""
     candidate = choice.candidate
     if choice.representation == RECOMPUTE:
         assert candidate.recipe is not None
@@ -136,8 +136,7 @@ def added_seconds(choice: Choice, found: Rates) -> float:
     into_fresh_memory = candidate.own_bytes / found.bytes
     is_transform = isinstance(codec(choice.codec_spec), Transform)
     calls = found.call + (found.basis_call if is_transform else 0.0)
-    both = calls + elements * _nanoseconds(choice.codec_spec, found) * 1e-9 + into_fresh_memory
-    return both * (1 + choice.decodes) / 2
+    return calls + elements * _nanoseconds(choice.codec_spec, found) * 1e-9 + into_fresh_memory
 
 
 def _rebuilding_seconds(recipe: Recipe, found: Rates) -> float:

@@ -73,7 +73,6 @@ class Timeline:
         prepared: by candidate, bytes of a copy in the units of its channels, or with its zeros
             filled, that is encoded in its place unless one pass does both.
         decoded: by candidate, bytes of decoded copies if it is coded.
-        between: by candidate, bytes of one of them from one cluster of readers to the next.
         fetched: by candidate, bytes of copies that come from host memory if it waits there.
         held: by candidate, 1 while its payload is alive.
         coding: by candidate, 1 where it is encoded or decoded.
@@ -91,7 +90,6 @@ class Timeline:
     dropped: dict[str, Bytes]
     prepared: dict[str, Bytes]
     decoded: dict[str, Bytes]
-    between: dict[str, Bytes]
     fetched: dict[str, Bytes]
     held: dict[str, Bytes]
     coding: dict[str, Bytes]
@@ -114,8 +112,6 @@ class Timeline:
         if spec is None:
             return self.dropped[name]
         found = self.dropped[name] + self.decoded[name]
-        if choice.joined:
-            found += self.between[name]
         if not choice.is_fused:
             found += self.prepared[name]
         found += self.held[name] * payload_bytes(choice.candidate, spec)
@@ -149,7 +145,7 @@ class Timeline:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """Positions of all nodes, which own memory, and the last position that reads each."""
 
     at: dict[fx.Node, int]
@@ -187,7 +183,7 @@ def timeline(
         lets_go: when the backward begins nobody holds what the forward returned (returned.py).
     """
     others = repeats - 1
-    step = _step(cut)
+    step = step_of(cut)
     returned = {prop.storage_root(n) for n in cut.outputs if isinstance(n, fx.Node)}
     coded_roots = {prop.storage_root(c.saved.forward) for c in candidates} - returned
     received = {s.backward for s in cut.saved}
@@ -227,7 +223,7 @@ def timeline(
             else:
                 base += copy
 
-    kept, dropped, prepared, decoded, between, fetched = {}, {}, {}, {}, {}, {}
+    kept, dropped, prepared, decoded, fetched = {}, {}, {}, {}, {}
     held, coding = {}, {}
     rebuilt, rebuilding = _rebuilt(step, cut, candidates, others, channels_last=channels_last)
     masks: dict[fx.Node, Bytes] = {}
@@ -244,7 +240,6 @@ def timeline(
         dropped[name] = step.span(born, used, size)
         readers = candidate.live_readers
         decoded[name] = _copies(step, cut, readers, candidate.own_bytes)
-        between[name] = _between(decoded[name], candidate.own_bytes)
         fetched[name] = _copies(step, cut, _all_readers(candidate), candidate.own_bytes)
         prepared[name] = step.span(used, used, size if _is_prepared(candidate) else 0)
         # Its forward runs again, into a buffer of q's size, instead of its decoded results.
@@ -270,7 +265,6 @@ def timeline(
         dropped,
         prepared,
         decoded,
-        between,
         fetched,
         held,
         coding,
@@ -297,7 +291,7 @@ def _incoming(cut: Cut) -> dict[fx.Node, list[fx.Node]]:
 
 
 def _rebuilt(
-    step: _Step, cut: Cut, candidates: Sequence[Candidate], others: int, *, channels_last: bool
+    step: Step, cut: Cut, candidates: Sequence[Candidate], others: int, *, channels_last: bool
 ) -> tuple[dict[str, Bytes], dict[str, Bytes]]:
     """(what a candidate with a recipe adds if it is rebuilt, its share of 1 where that happens).
 
@@ -318,7 +312,7 @@ def _rebuilt(
         start = first[prop.storage_root(candidate.saved.forward)]
         end = max(step.last[candidate.saved.backward], start)
         total = step.span(start, end, candidate.own_bytes)
-        total[start] += recipe.share * workspace_of(recipe, copies_weights=channels_last)
+        total[start] += recipe.share * workspace_of(recipe, channels_last=channels_last)
         for root in recipe.roots:
             needed = max(step.last[backward[root]], step.end_forward)
             if root in sizes and needed < start:
@@ -330,11 +324,11 @@ def _rebuilt(
     return found, where
 
 
-def workspace_of(recipe: Recipe, *, copies_weights: bool) -> int:
+def workspace_of(recipe: Recipe, *, channels_last: bool) -> int:
     """Bytes that the steps of a recipe write on their way to the tensor, at most at one time.
 
     Args:
-        copies_weights: a convolution has its weight reordered.
+        channels_last: a convolution has its weight reordered.
     """
     place = {node: i for i, node in enumerate(recipe.steps)}
     last: dict[fx.Node, int] = {}
@@ -356,15 +350,17 @@ def workspace_of(recipe: Recipe, *, copies_weights: bool) -> int:
         is_part = prop.is_view(node) or node.target is operator.getitem
         if not is_part and node is not prop.storage_root(recipe.steps[-1]):
             alive[place[node] : last[node] + 1] += prop.tensor_bytes(node)
-    for node in recipe.steps if copies_weights else ():
-        if prop.op_name(node) == "convolution":
+    for node in recipe.steps:
+        copied = 0
+        if channels_last and prop.op_name(node) == "convolution":
             weight = node.args[1]
             assert isinstance(weight, fx.Node)
-            alive[place[node]] += prop.tensor_bytes(weight)
+            copied = prop.tensor_bytes(weight)
+        alive[place[node]] += max(copied, convolution_bytes(node, channels_last=channels_last))
     return int(alive.max(initial=0.0))
 
 
-def _copies(step: _Step, cut: Cut, readers: Sequence[fx.Node], size: float) -> Bytes:
+def _copies(step: Step, cut: Cut, readers: Sequence[fx.Node], size: float) -> Bytes:
     """Bytes of decoded copies: one alive around each cluster of direct readers."""
     total = np.zeros(step.end + 1)
     for cluster in clusters(readers):
@@ -375,16 +371,7 @@ def _copies(step: _Step, cut: Cut, readers: Sequence[fx.Node], size: float) -> B
     return total
 
 
-def _between(copies: Bytes, size: float) -> Bytes:
-    """The same bytes from the first of these copies to the last, where there is none."""
-    found = np.zeros_like(copies)
-    there = np.flatnonzero(copies)
-    if len(there):
-        found[there[0] : there[-1]] = size
-    return np.maximum(found - copies, 0.0)
-
-
-def _held_for_sums(step: _Step, cut: Cut) -> Bytes:
+def _held_for_sums(step: Step, cut: Cut) -> Bytes:
     """What plain Inductor keeps for products that it puts off; see passes/products.py."""
     total = np.zeros(step.end + 1)
     for _, put_off_to, operands in held_for_sums(cut):
@@ -393,7 +380,7 @@ def _held_for_sums(step: _Step, cut: Cut) -> Bytes:
     return total
 
 
-def _layout_copies(step: _Step) -> Bytes:
+def _layout_copies(step: Step) -> Bytes:
     """Copies that calls work on where the graph's layout is channels-last, while they run.
 
     Read off the allocator's events of ResNets on CPU: a convolution has its weight reordered, its
@@ -425,7 +412,8 @@ def _all_readers(candidate: Candidate) -> list[fx.Node]:
     return [u for u in candidate.saved.backward.users if u.op != "output"]
 
 
-def _step(cut: Cut) -> _Step:
+def step_of(cut: Cut) -> Step:
+    """Where in the step of ``cut`` its nodes stand, and are read."""
     forward, backward = list(cut.forward.graph.nodes), list(cut.backward.graph.nodes)
     at = {node: i for i, node in enumerate([*forward, *backward])}
     owners: set[fx.Node] = set()
@@ -433,7 +421,7 @@ def _step(cut: Cut) -> _Step:
     # What the forward returns is held by the user or saved: both are accounted for elsewhere.
     _follow_reads(forward, at, owners, last, returned_stays=False)
     _follow_reads(backward, at, owners, last, returned_stays=True)
-    return _Step(at, frozenset(owners), last, len(forward) - 1, len(at) - 1)
+    return Step(at, frozenset(owners), last, len(forward) - 1, len(at) - 1)
 
 
 def _follow_reads(
@@ -506,7 +494,7 @@ def _writes_memory(node: fx.Node) -> bool:
     return several or prop.is_extern(source) or prop.op_name(source) in _REDUCTIONS
 
 
-def _last_decode(step: _Step, cut: Cut, readers: Sequence[fx.Node], default: int) -> int:
+def _last_decode(step: Step, cut: Cut, readers: Sequence[fx.Node], default: int) -> int:
     """Position of the last decode: where the payload dies."""
     found = clusters(readers)
     return step.at[found[-1][0]] if found else default

@@ -25,6 +25,7 @@ from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import Candidate, analyse
 from fxcompress.passes.booleans import masks_as_bytes
 from fxcompress.passes.capture import CaptureError, Cut, pair
+from fxcompress.passes.decodes import share_decodes
 from fxcompress.passes.pieces import exact_pieces
 from fxcompress.passes.postpone import postpone
 from fxcompress.passes.products import keep_products
@@ -147,6 +148,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
             channels_last=found.channels_last,
             inlines_mask=self._inlines_mask,
         )
+        share_decodes(rewritten, channels_last=found.channels_last)
         if self.settings.inner == "inductor":
             masks_as_bytes(rewritten)
             keep_products(rewritten)

@@ -21,7 +21,6 @@ from fxcompress import load_plan, overrides, region
 from fxcompress.choose import bytes_of, is_codable, mask_bytes, passes_noise
 from fxcompress.costs import Clock, clock_of
 from fxcompress.decision import MARGIN, Baseline, Decision, budget_of
-from fxcompress.decodes import joined
 from fxcompress.errors import BudgetError, SettingsError
 from fxcompress.evidence import TensorEvidence
 from fxcompress.ladder import hedges, ladder
@@ -155,7 +154,6 @@ def make_plan(
         choices = _followed(candidates, plain, settings, ladders, fixed, evidence)
     else:
         choices = solved.choices
-    choices = joined(choices, memory)
     planned = memory.peak(choices) + reserved
     budget = budget_of(plain, settings)
     if given is None and budget is not None and planned * MARGIN > budget + 1:

@@ -195,11 +195,10 @@ def _alive_together(
 def _price(
     product: Product, options: Sequence[Option], rebuilt: Sequence[Rebuilt]
 ) -> tuple[float, float]:
-    """(noise, cost): the root's noise again, through the buffer, and another decode of it."""
+    """(noise, cost): the root's noise again, through the buffer, which shares a decode of it."""
     coded, buffer = options[product.coded], rebuilt[product.buffer]
     share = next(p for r, p in zip(buffer.roots, buffer.passes, strict=True) if product.coded in r)
-    decode = coded.slowdown / (1 + coded.choice.decodes)  # see costs.added_seconds
-    again = replace(coded, noise=share * coded.passing * coded.noise, slowdown=decode)
+    again = replace(coded, noise=share * coded.passing * coded.noise, slowdown=0.0)
     return again.noise, again.cost
 
 

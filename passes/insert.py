@@ -3,7 +3,7 @@
 An encode stands directly after its tensor's last forward reader, so that the tensor dies there; a
 decode stands directly before its reader. Readers with a matrix product, convolution or attention
 between them get a decode each: decoding twice is cheaper than keeping a full tensor alive, except
-where the plan finds room for it (fxcompress/decodes.py).
+where the step has room for it (passes/decodes.py).
 """
 
 from __future__ import annotations
@@ -138,7 +138,6 @@ def insert_decodes(
     mask: fx.Node | None = None,
     host: bool = False,
     inline: bool = False,
-    joined: bool = False,
 ) -> None:
     """Let every reader of ``node`` read a decode of ``payload`` instead.
 
@@ -148,13 +147,12 @@ def insert_decodes(
         mask: payload of the mask of what is zero, where the decode is to see to that.
         host: the payload lies in host memory.
         inline: decode by operations on each element, for Inductor to fuse with the readers.
-        joined: once for all readers, unless that is done with each.
     """
     graph, value = backward.graph, prop.value(node)
     coded = value.dtype if coded is None else coded
     name, masks = ("decode", ()) if mask is None else ("decode_filled", (mask,))
     readers = [u for u in node.users if u.op != "output"]
-    for cluster in [sorted(readers)] if joined and readers and not inline else clusters(readers):
+    for cluster in clusters(readers):
         with graph.inserting_before(cluster[0]):
             shape = torch_private.size_arguments(graph, value)
             here = _to_device(graph, payload, value.device) if host else payload

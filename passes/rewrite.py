@@ -22,7 +22,6 @@ from fxcompress.passes.axes import storage_order
 from fxcompress.passes.capture import Cut, output_args, pair, receive, save
 from fxcompress.passes.hoist import forward_twins
 from fxcompress.passes.insert import (
-    clusters,
     insert_blank,
     insert_decodes,
     insert_encode,
@@ -56,7 +55,6 @@ class Choice:
         exact_masks: comparisons are made on exact values, in the forward; not on decoded ones.
         lowering: by what the codec's payload is decoded (fxcompress/lowering.py); empty: our
             operator.
-        joined: one decode serves all readers in the backward, however far apart.
     """
 
     candidate: Candidate
@@ -65,7 +63,6 @@ class Choice:
     host: bool = False
     exact_masks: bool = True
     lowering: str = ""
-    joined: bool = False
 
     @property
     def codec_spec(self) -> str | None:
@@ -86,11 +83,6 @@ class Choice:
         device all the while, and the memory model knows of neither.
         """
         return not self.drops_values and self.representation not in {RECOMPUTE, OFFLOAD}
-
-    @property
-    def decodes(self) -> int:
-        """How often a coded tensor is decoded for its own readers."""
-        return 1 if self.joined else max(len(clusters(self.candidate.live_readers)), 1)
 
     @property
     def is_fused(self) -> bool:
@@ -288,7 +280,7 @@ class _Exchange:
         insert_decodes(
             backward, node, received, spec, received_key, stream, order,
             coded=dtype, units=received_units, mask=filled.mask if filled else None,
-            host=choice.host, inline=choice.lowering == "inductor", joined=choice.joined,
+            host=choice.host, inline=choice.lowering == "inductor",
         )  # fmt: skip
 
     def offload(self, candidate: Candidate) -> None:

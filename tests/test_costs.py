@@ -61,16 +61,13 @@ def test_codecs_add_their_time_by_the_element(rates: costs.Rates, recording: Rec
     found = next(c for c in recording.candidates if is_codable(c) and c.own_bytes == 256 * 128 * 4)
     assert costs.added_seconds(exact_choice(found), rates) == 0
     slow = replace(rates, coders={**rates.coders, "rotate(bits=2)": 1000.0})
-    twice = codable_choice(found, "rotate(bits=2)")
-    assert twice.decodes == 2  # a product stands between its readers
-    once = replace(twice, joined=True)
-    seconds = costs.added_seconds(once, slow)
+    choice = codable_choice(found, "rotate(bits=2)")
+    seconds = costs.added_seconds(choice, slow)
     assert seconds == pytest.approx(256 * 128 * 1e-6, rel=0.2)
-    assert costs.added_seconds(twice, slow) == pytest.approx(1.5 * seconds)
-    later = costs.added_seconds(once, replace(slow, call=1.0))
+    later = costs.added_seconds(choice, replace(slow, call=1.0))
     assert later == pytest.approx(seconds + 1 - slow.call)
     # As long as its kin where a variant was not timed.
-    other = replace(codable_choice(found, "rotate(bits=2,group=128)"), joined=True)
+    other = codable_choice(found, "rotate(bits=2,group=128)")
     assert costs.added_seconds(other, slow) == pytest.approx(seconds)
 
 
@@ -81,10 +78,10 @@ def test_a_transform_takes_its_basis_and_its_coders(
     x = torch.randn(256, 128)
     codec = at_rate(fit(x, [torch.randn_like(x)], -1), 1.0)
     assert isinstance(codec, Transform)
-    once = replace(codable_choice(found, codec.spec), joined=True)
-    with_basis = costs.added_seconds(once, rates)
+    choice = codable_choice(found, codec.spec)
+    with_basis = costs.added_seconds(choice, rates)
     coded = replace(rates, basis=0.0, basis_call=0.0)
-    without = costs.added_seconds(once, coded)
+    without = costs.added_seconds(choice, coded)
     of_basis = 256 * 128 * rates.basis * 1e-9 + rates.basis_call
     assert with_basis - without == pytest.approx(of_basis)
     assert without > 0

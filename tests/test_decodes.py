@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxcompress
-from fxcompress.decodes import joined
+from fxcompress.choose import recompute_choice
 from fxcompress.pareto import trace
+from fxcompress.passes.capture import Cut
+from fxcompress.passes.decodes import alive, share_decodes
 from fxcompress.passes.rewrite import rewrite
-from fxcompress.peak import Timeline, timeline
-from fxcompress.pipeline import Planned, plan_graph
+from fxcompress.pipeline import plan_graph
 from fxcompress.settings import make
+
+DECODE = torch.ops.fxcompress.decode.default
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 class Gates(nn.Module):
-    """Each gate's input is read before and after a product in the backward; the first is wide."""
+    """Each gate's input is read before and after a product in the backward."""
 
-    def __init__(self, widths: tuple[int, ...]) -> None:
+    def __init__(self, *widths: int) -> None:
         super().__init__()
+        torch.manual_seed(0)
         sizes = [*zip((64, *widths[:-1]), widths, strict=True)]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in sizes)
         self.last = nn.Linear(widths[-1], 64)
@@ -33,48 +45,67 @@ class Gates(nn.Module):
         return self.last(x).square().mean()
 
 
-def planned(*widths: int) -> tuple[Planned, Timeline]:
-    torch.manual_seed(0)
-    (cut,) = trace(Gates(widths), torch.randn(512, 64))
-    found = plan_graph(cut.copy(), make(policy="uniform4", inner="aot_eager"))
-    return found, timeline(found.cut, found.candidates, channels_last=False)
+def rewritten(model: nn.Module, rebuilds: bool = False) -> Cut:
+    """Its graphs under uniform4.
 
-
-def test_the_peak_stays_and_decodes_are_saved() -> None:
-    found, memory = planned(1024, 256)
+    Args:
+        rebuilds: the last tensor that has a recipe is rebuilt.
+    """
+    (cut,) = trace(model, torch.randn(512, 64))
+    found = plan_graph(cut, make(policy="uniform4", inner="aot_eager"))
     assert found.decision is not None
-    choices = found.decision.choices
-    apart = [replace(c, joined=False) for c in choices]
-    several = [c.candidate.name for c in choices if memory.between[c.candidate.name].any()]
-    assert several == [c.candidate.name for c in choices if c.joined]
-    assert len(several) == 2
-    assert memory.peak(choices) == memory.peak(apart)
-    backward = rewrite(found.cut, choices, "", channels_last=False).backward
-    target = torch.ops.fxcompress.decode.default
-    made = backward.graph.find_nodes(op="call_function", target=target)
-    assert len(made) == sum(c.codec_spec is not None for c in choices)
+    choices = list(found.decision.choices)
+    if rebuilds:
+        recipes = [recompute_choice(c.candidate) for c in choices]
+        last = max(i for i, choice in enumerate(recipes) if choice is not None)
+        choices[last] = recipes[last] or choices[last]
+    return rewrite(found.cut, choices, "", channels_last=False)
 
 
-def test_where_there_is_no_room_each_cluster_decodes() -> None:
-    found, memory = planned(1024, 256)
+def made(cut: Cut) -> list[fx.Node]:
+    return cut.backward.graph.find_nodes(op="call_function", target=DECODE)
+
+
+def payloads(cut: Cut) -> Counter[fx.Node]:
+    """How often each is decoded."""
+    return Counter(node.args[0] for node in made(cut))
+
+
+def peak(cut: Cut) -> float:
+    return float(alive(cut, channels_last=False).max())
+
+
+@pytest.mark.parametrize("rebuilds", [False, True])
+def test_decodes_are_shared_where_the_peak_stays(rebuilds: bool) -> None:
+    """Not at the widest gate; steps that rebuild a tensor read its root as others do."""
+    cut = rewritten(Gates(1024, 256, 256), rebuilds)
+    apart, before = payloads(cut), peak(cut)
+    assert max(apart.values()) == 2 + rebuilds
+    share_decodes(cut, channels_last=False)
+    widest = max(apart, key=lambda payload: payload.meta["val"].numel())
+    assert apart[widest] == 2
+    assert payloads(cut) == Counter({payload: 1 + (payload is widest) for payload in apart})
+    assert peak(cut) == before
+
+
+def test_graphs_hold_no_more_than_planned() -> None:
+    (cut,) = trace(Gates(1024, 256), torch.randn(512, 64))
+    found = plan_graph(cut, make(policy="uniform4", inner="aot_eager"))
     assert found.decision is not None
-    choices = [replace(c, joined=False) for c in found.decision.choices]
-    first, second = (c.candidate.name for c in choices if memory.between[c.candidate.name].any())
-    # The step is at its peak while the first would stay decoded.
-    full = memory.total(choices).max() - memory.total(choices)
-    tight = replace(memory, base=memory.base + full * (memory.between[first] > 0))
-    assert [c.candidate.name for c in joined(choices, tight) if c.joined] == [second]
+    result = rewrite(found.cut, found.decision.choices, "", channels_last=False)
+    assert peak(result) <= found.plan.planned_peak_bytes + 1024  # the step's random key
 
 
 def test_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     x, gradients = torch.randn(512, 64), []
-    for is_joined in (True, False):
-        if not is_joined:
-            monkeypatch.setattr("fxcompress.planner.joined", lambda choices, memory: choices)
+    for shares in (True, False):
+        if not shares:
+            monkeypatch.setattr(
+                "fxcompress.pipeline.share_decodes", lambda cut, channels_last: None
+            )
         torch._dynamo.reset()
-        torch.manual_seed(0)
         fxcompress.manual_seed(0)
-        model = Gates((256, 128))
+        model = Gates(256, 128)
         backend = fxcompress.backend(policy="uniform4", inner="aot_eager")
         torch.compile(model, backend=backend)(x).backward()
         gradients.append([p.grad for p in model.parameters()])
