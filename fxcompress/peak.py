@@ -120,10 +120,12 @@ class Timeline:
         return found
 
     def of_root(self, rebuilt: Choice, root: Choice) -> Bytes:
-        """What a coded root adds where a tensor is rebuilt of it: decoded once more."""
+        """What a coded root adds where a tensor is rebuilt of it: decoded once more, unless it is
+        decoded there for a reader of its own."""
         assert root.codec_spec is not None
         size = root.candidate.own_bytes + workspace_bytes(root.candidate, root.codec_spec)
-        return self.rebuilding[rebuilt.candidate.name] * size
+        is_there = self.decoded[root.candidate.name] >= root.candidate.own_bytes
+        return self.rebuilding[rebuilt.candidate.name] * np.where(is_there, 0.0, size)
 
     def total(self, choices: Sequence[Choice]) -> Bytes:
         """Bytes alive at each position under ``choices``."""
@@ -227,6 +229,7 @@ def timeline(
     held, coding = {}, {}
     rebuilt, rebuilding = _rebuilt(step, cut, candidates, others, channels_last=channels_last)
     masks: dict[fx.Node, Bytes] = {}
+    repeated: set[tuple[fx.Node, fx.Node]] = set()
     for candidate in candidates:
         name, saved = candidate.name, candidate.saved
         root = prop.storage_root(saved.forward)
@@ -242,9 +245,12 @@ def timeline(
         decoded[name] = _copies(step, cut, readers, candidate.own_bytes)
         fetched[name] = _copies(step, cut, _all_readers(candidate), candidate.own_bytes)
         prepared[name] = step.span(used, used, size if _is_prepared(candidate) else 0)
-        # Its forward runs again, into a buffer of q's size, instead of its decoded results.
+        # Its forward runs again, into a buffer of q's size, instead of its decoded results; once
+        # for q, k and v of one buffer, which are coded together.
         for node in () if _is_of_attention(candidate) else candidate.attention:
-            decoded[name] += step.span(step.at[node], step.at[node], candidate.own_bytes)
+            if (root, node) not in repeated:
+                repeated.add((root, node))
+                decoded[name] += step.span(step.at[node], step.at[node], candidate.own_bytes)
         held[name] = step.span(used, _last_decode(step, cut, readers, used), 1) + others
         coding[name] = step.span(used, used, 1)
         for cluster in clusters(readers):

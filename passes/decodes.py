@@ -2,7 +2,10 @@
 
 A rewritten graph decodes a tensor before each cluster of its readers (passes/insert.py): between
 them stand calls that need the memory. Where the step is far from its peak they do not, and what was
-decoded for one cluster is held for the next.
+decoded for one cluster is held for the next. Inductor would then fuse the two, as far as nothing
+else keeps it from that, and write the results of both at one time: a SwiGLU's product and its two
+gradients, 78 MB in place of 69 at the peak of a small LLaMA's step. It is told that the copy is
+written to in between.
 """
 
 from __future__ import annotations
@@ -33,21 +36,28 @@ def share_decodes(cut: Cut, *, channels_last: bool) -> None:
     total = alive(cut, channels_last=channels_last)
     peak = total.max(initial=0.0)
     pairs = [pair for same in _alike(graph) for pair in pairwise(same)]
-    between = {(a, b): slice(step.last[a] + 1, step.at[b]) for a, b in pairs}
+
+    def held(pair: tuple[fx.Node, fx.Node]) -> list[int]:
+        """Where a copy is needed in addition; the last reader cannot write over a fenced one."""
+        first, second = pair
+        after = min(step.last[second] + 1, step.end)
+        return [*range(step.last[first] + 1, step.at[second]), after]
 
     def order(pair: tuple[fx.Node, fx.Node]) -> tuple[int, int]:
-        there = between[pair]
-        return -prop.tensor_bytes(pair[0]), there.stop - there.start
+        return -prop.tensor_bytes(pair[0]), len(held(pair))
 
     instead: dict[fx.Node, fx.Node] = {}
     for pair in sorted(pairs, key=order):
-        held = total[between[pair]] + prop.tensor_bytes(pair[0])
-        if held.max(initial=0.0) <= peak:
-            total[between[pair]] = held
+        shared = total[held(pair)] + prop.tensor_bytes(pair[0])
+        if shared.max() <= peak:
+            total[held(pair)] = shared
             instead[pair[1]] = pair[0]
     for second in sorted(instead):
         first = instead[second]
         instead[second] = instead.get(first, first)
+        with graph.inserting_before(second):
+            fence = graph.call_function(torch.ops.fxcompress.fence.default, ([instead[second]],))
+        fence.meta["val"] = None
         second.replace_all_uses_with(instead[second])
         graph.erase_node(second)
     graph.lint()
