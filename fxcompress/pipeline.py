@@ -148,9 +148,11 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
             channels_last=found.channels_last,
             inlines_mask=self._inlines_mask,
         )
-        share_decodes(rewritten, channels_last=found.channels_last)
-        if self.settings.inner == "inductor":
+        for_inductor = self.settings.inner == "inductor"
+        if for_inductor:  # first: a fence would look like a call that wants booleans
             masks_as_bytes(rewritten)
+        share_decodes(rewritten, channels_last=found.channels_last)
+        if for_inductor:
             keep_products(rewritten)
             realise_sums(rewritten)
             postpone(rewritten)

@@ -25,6 +25,8 @@ from fxcompress.passes.capture import Cut
 from fxcompress.passes.realise import SMALLEST, regions
 from fxcompress.passes.reuse import is_called_on, reached, reuse
 
+FENCE = torch.ops.fxcompress.fence.default
+
 
 def postpone(cut: Cut) -> None:
     """Keep Inductor from computing early what waits for a gradient, in place."""
@@ -37,7 +39,7 @@ def fence_off(graph: fx.Graph, waiting: set[fx.Node]) -> None:
     """Fences where tensors are shared (see :func:`shared`), in place."""
     for last, tensors in shared(graph, waiting).items():
         with graph.inserting_after(last):
-            fence = graph.call_function(torch.ops.fxcompress.fence.default, (tensors,))
+            fence = graph.call_function(FENCE, (tensors,))
         fence.meta["val"] = None
         _compute_anew(graph, tensors, fence)
 
@@ -84,8 +86,13 @@ def shared(graph: fx.Graph, waiting: set[fx.Node]) -> dict[fx.Node, list[fx.Node
             continue
         for tensor in reads - returned:
             if tensor.op == "call_function" and prop.tensor_bytes(tensor) >= SMALLEST:
-                loops = (number[r] for r in prop.readers(tensor) if prop.is_pointwise(r))
-                earlier = [i for i in loops if i < number[node]]
-                if earlier:
-                    found[max(earlier)][tensor] = None
+                loops = (r for r in prop.readers(tensor) if prop.is_pointwise(r))
+                earlier = [r for r in loops if number[r] < number[node]]
+                if earlier and not _is_fenced(tensor, max(earlier), node):
+                    found[number[max(earlier)]][tensor] = None
     return {parts[i][-1]: sorted(found[i]) for i in sorted(found)}
+
+
+def _is_fenced(tensor: fx.Node, first: fx.Node, second: fx.Node) -> bool:
+    """A fence stands between two readers already (passes/decodes.py)."""
+    return any(first < user < second and user.target is FENCE for user in tensor.users)

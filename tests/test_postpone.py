@@ -100,6 +100,7 @@ def test_what_is_inlined_is_computed_on_both_sides() -> None:
     one, other = (n for n in calls(module, "aten::add") if n.args[1] == 1)
     assert one < second < fence < other
     assert all(u < fence for u in one.users)
+    assert not shared(module.graph, waiting), "one fence will do"
     assert torch.equal(module(*inputs), expected)
 
 
