@@ -19,6 +19,7 @@ from torch import fx
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import analyse
 from fxcompress.passes.capture import Cut
+from fxcompress.passes.insert import insert_fence
 from fxcompress.passes.rewrite import KEEP, Choice
 from fxcompress.peak import Bytes, step_of, timeline
 
@@ -56,8 +57,7 @@ def share_decodes(cut: Cut, *, channels_last: bool) -> None:
         first = instead[second]
         instead[second] = instead.get(first, first)
         with graph.inserting_before(second):
-            fence = graph.call_function(torch.ops.fxcompress.fence.default, ([instead[second]],))
-        fence.meta["val"] = None
+            insert_fence(graph, [instead[second]])
         second.replace_all_uses_with(instead[second])
         graph.erase_node(second)
     graph.lint()

@@ -21,6 +21,8 @@ from fxcompress.codecs import codec
 from fxcompress.passes import properties as prop
 from fxcompress.passes.standardise import Units, restore
 
+FENCE = torch.ops.fxcompress.fence.default
+
 _PROVENANCE = ("stack_trace", "nn_module_stack", "seq_nr", "autograd_backward", "custom")
 
 
@@ -170,6 +172,13 @@ def insert_decodes(
                 decoded = restore(graph, decoded, units, value.dtype)
         for reader in cluster:
             reader.replace_input_with(node, decoded)
+
+
+def insert_fence(graph: fx.Graph, tensors: Sequence[fx.Node]) -> fx.Node:
+    """A call at the insertion point that is said to write to the tensors: see ``ops.fence``."""
+    fence = graph.call_function(FENCE, (list(tensors),))
+    fence.meta["val"] = None
+    return fence
 
 
 def insert_blank(backward: fx.GraphModule, node: fx.Node) -> None:

@@ -16,16 +16,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-import torch
 from torch import fx
 
 from fxcompress.passes import properties as prop
 from fxcompress.passes.analyse import tangent_dependent
 from fxcompress.passes.capture import Cut
+from fxcompress.passes.insert import FENCE, insert_fence
 from fxcompress.passes.realise import SMALLEST, regions
 from fxcompress.passes.reuse import is_called_on, reached, reuse
-
-FENCE = torch.ops.fxcompress.fence.default
 
 
 def postpone(cut: Cut) -> None:
@@ -39,8 +37,7 @@ def fence_off(graph: fx.Graph, waiting: set[fx.Node]) -> None:
     """Fences where tensors are shared (see :func:`shared`), in place."""
     for last, tensors in shared(graph, waiting).items():
         with graph.inserting_after(last):
-            fence = graph.call_function(FENCE, (tensors,))
-        fence.meta["val"] = None
+            fence = insert_fence(graph, tensors)
         _compute_anew(graph, tensors, fence)
 
 

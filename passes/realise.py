@@ -20,11 +20,11 @@ import math
 from collections.abc import Iterator, Sequence
 
 import networkx as nx
-import torch
 from torch import fx
 
 from fxcompress.passes import properties as prop
 from fxcompress.passes.capture import Cut, placeholders
+from fxcompress.passes.insert import insert_fence
 from fxcompress.passes.reuse import is_called_on
 
 SMALLEST = 1 << 16  # bytes; it is not worth a kernel's while to let less die
@@ -38,8 +38,7 @@ def realise_sums(cut: Cut) -> None:
     for module, free in ((cut.forward, inputs), (cut.backward, received)):
         for group in outliving(module.graph, free):
             with module.graph.inserting_after(group[-1]):
-                fence = module.graph.call_function(torch.ops.fxcompress.fence.default, (group,))
-            fence.meta["val"] = None
+                insert_fence(module.graph, group)
         module.graph.lint()
         module.recompile()
 
