@@ -17,6 +17,7 @@ from fxcompress.decision import Baseline, Decision, baseline, leave_alone, reaso
 from fxcompress.describe import describe
 from fxcompress.errors import BudgetError, SettingsError
 from fxcompress.evidence import Calibration, TensorEvidence, signature
+from fxcompress.fusion import takes_memory
 from fxcompress.kernels import ahead
 from fxcompress.ledger import Ledger
 from fxcompress.lifetimes import located
@@ -33,6 +34,7 @@ from fxcompress.passes.realise import realise_sums
 from fxcompress.passes.rebase import rebase
 from fxcompress.passes.recompute import recompute
 from fxcompress.passes.rewrite import KEEP, rewrite
+from fxcompress.passes.settle import settle
 from fxcompress.plan import Plan
 from fxcompress.planner import Given, make_plan
 from fxcompress.policies import policy
@@ -113,7 +115,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
             SettingsError: the policy cannot be used here.
         """
         static = kwargs.get("static_lifetime_input_indices") or ()
-        _change_output_code()
+        _change_inductor()
         plain = torch_private.min_cut(gm, joint_inputs, **kwargs)
         if not policy(self.settings.policy).enabled:
             return plain
@@ -153,6 +155,7 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
             masks_as_bytes(rewritten)
         share_decodes(rewritten, channels_last=found.channels_last)
         if for_inductor:
+            settle(rewritten, channels_last=found.channels_last)
             keep_products(rewritten)
             realise_sums(rewritten)
             postpone(rewritten)
@@ -218,13 +221,14 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
 
 
 @cache
-def _change_output_code() -> None:
-    """From now on Inductor's C++ kernels for our graphs are compiled together, and the code that it
-    writes calls our functions directly."""
+def _change_inductor() -> None:
+    """From now on Inductor's C++ kernels for our graphs are compiled together, the code that it
+    writes calls our functions directly, and loops that this takes memory for are not joined."""
     from fxcompress.direct import call_directly
     from fxcompress.together import ask_us  # imports much of Inductor
 
     torch_private.change_output_code(Partitioner, lambda code: call_directly(ask_us(code)))
+    torch_private.keep_apart(Partitioner, takes_memory)
 
 
 def may_be_tried(settings: Settings) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fxcompress.errors import FxCompressError
+from fxcompress.fusion import Buffer, Loops
 
 log = logging.getLogger("fxcompress")
 
@@ -569,6 +570,71 @@ def change_output_code(partitioner: type, change: Callable[[str], str]) -> None:
         return kept(self, code)
 
     lowering._compile_to_module_lines = changed
+
+
+def keep_apart(partitioner: type, takes_memory: Callable[[Loops, Loops], bool]) -> None:
+    """From now on, loops of graphs with such a partitioner are not joined across a call if
+    ``takes_memory(earlier, later)``.
+
+    `InductorChoices.can_fuse_horizontal` (2.6 to 2.15), the hook for heuristics like this. Not by
+    `config.inductor_choices_class`: it is asked once a thread. Should it move: nothing but memory
+    depends on it.
+    """
+    from torch._inductor import config
+    from torch._inductor.choices import InductorChoices
+
+    choices: Any = InductorChoices
+    kept = getattr(choices, "can_fuse_horizontal", None)
+    if kept is None:
+        log.info("Inductor asks elsewhere which loops to join: the peak may be above the plan")
+        return
+
+    def changed(scheduler: Any, node1: Any, node2: Any, shared: int) -> bool:
+        if not kept(scheduler, node1, node2, shared):
+            return False
+        if not isinstance(config.custom_partitioner_fn, partitioner):
+            return True
+        earlier, later = sorted((_loops(scheduler, n) for n in (node1, node2)), key=_first)
+        between = range(earlier.last + 1, later.first)
+        is_parted = any(n.min_order in between and _is_call(n) for n in scheduler.nodes)
+        return not (is_parted and takes_memory(earlier, later))
+
+    choices.can_fuse_horizontal = staticmethod(changed)
+
+
+def _first(loops: Loops) -> int:
+    return loops.first
+
+
+def _is_call(node: Any) -> bool:
+    """A kernel of a library, and not one of ours, which stand by their readers.
+
+    `BaseSchedulerNode.is_extern` and `ir.ExternKernel.op_overload` (2.5 to 2.15)."""
+    if not node.is_extern():
+        return False
+    return getattr(getattr(node.node, "op_overload", None), "namespace", "") != "fxcompress"
+
+
+def _loops(scheduler: Any, node: Any) -> Loops:
+    """What a node of `torch._inductor.scheduler` reads and writes (2.5 to 2.15)."""
+
+    def buffer(dep: Any) -> Buffer:
+        given = scheduler.name_to_donated_buffer  # inputs that only the graph holds
+        found = scheduler.name_to_buf.get(dep.name) or given.get(dep.name)
+        if found is None:
+            return Buffer(dep.numbytes_hint(), None, frozenset())
+        born = -1 if found.defining_op is None else found.defining_op.min_order
+        users = (u for u in found.users if not u.is_weak)
+        # An output of the graph has a user without a place: it is never read for the last time.
+        readers = frozenset(getattr(u.node, "min_order", -1) for u in users)
+        return Buffer(dep.numbytes_hint(), born, readers)
+
+    places = frozenset(n.min_order for n in node.get_nodes())
+    own = {dep.name: dep for dep in node.read_writes.writes}
+    written = {name: buffer(dep) for name, dep in own.items()}
+    writes = {name: b.size for name, b in written.items() if b.readers - places}
+    reads = {d.name: buffer(d) for d in node.read_writes.reads if d.name not in own}
+    return Loops(places, writes, reads)
 
 
 def async_compile() -> Any:
