@@ -28,7 +28,6 @@ from fxcompress.passes.booleans import masks_as_bytes
 from fxcompress.passes.capture import CaptureError, Cut, pair
 from fxcompress.passes.decodes import share_decodes
 from fxcompress.passes.pieces import exact_pieces
-from fxcompress.passes.postpone import postpone
 from fxcompress.passes.products import keep_products
 from fxcompress.passes.realise import realise_sums
 from fxcompress.passes.rebase import rebase
@@ -158,7 +157,6 @@ class Partitioner(torch_private.partitioner_base()):  # type: ignore[misc]
             settle(rewritten, channels_last=found.channels_last)
             keep_products(rewritten)
             realise_sums(rewritten)
-            postpone(rewritten)
         # Not earlier: what could not be carried out is no plan.
         self._record(key, found.plan)
         self.planned = planned
