@@ -9,7 +9,7 @@ where the step has room for it (passes/decodes.py).
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -179,6 +179,18 @@ def insert_fence(graph: fx.Graph, tensors: Sequence[fx.Node]) -> fx.Node:
     fence = graph.call_function(FENCE, (list(tensors),))
     fence.meta["val"] = None
     return fence
+
+
+def advance_views(forward: fx.GraphModule, saved: Iterable[fx.Node]) -> None:
+    """Bring saved views to what they view: AOTAutograd leaves them at the end of the forward, where
+    they would be encoded, and all the memory under them would wait for it."""
+    for node in saved:
+        chain = []
+        while prop.is_view(node) and isinstance(node.args[0], fx.Node):
+            chain.append(node)
+            node = node.args[0]
+        for view in reversed(chain):
+            _last(view.all_input_nodes).append(view)
 
 
 def insert_blank(backward: fx.GraphModule, node: fx.Node) -> None:

@@ -22,6 +22,7 @@ from fxcompress.passes.axes import storage_order
 from fxcompress.passes.capture import Cut, output_args, pair, receive, save
 from fxcompress.passes.hoist import forward_twins
 from fxcompress.passes.insert import (
+    advance_views,
     insert_blank,
     insert_decodes,
     insert_encode,
@@ -154,6 +155,7 @@ def rewrite(
         inlines_mask: whether a packed mask, by codec and node of the backward, is to be unpacked
             in the graph, for Inductor to fuse with its readers.
     """
+    advance_views(cut.forward, [s.forward for s in cut.saved])
     if channels_last:
         pin_inputs(cut)
     hoisted = forward_twins(cut, hoisted_nodes(choices))

@@ -90,10 +90,32 @@ def test_decodes_are_shared_where_the_peak_stays(rebuilds: bool) -> None:
     assert peak(cut) == before
 
 
-@pytest.mark.parametrize("bound", [{"policy": "uniform4"}, {"ratio_saved": 12}, {"ratio": 2}])
-def test_graphs_hold_what_was_planned(bound: dict[str, Any]) -> None:
-    """An attention that runs again does so once, and rebuilds its result from what it reads."""
-    (cut,) = trace(nn.Sequential(Block(), Block(), Block()), torch.randn(16, 64, 32))
+class Products(nn.Module):
+    """Attention by matrix products, whose backward reads the operands transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.contiguous() for part in self.qkv(x).chunk(3, -1))
+        return x + self.out(torch.softmax(q @ k.transpose(1, 2), -1) @ v)
+
+
+@pytest.mark.parametrize(
+    ("block", "bound"),
+    [
+        (Block, {"policy": "uniform4"}),
+        (Block, {"ratio_saved": 12}),
+        (Block, {"ratio": 2}),
+        (Products, {"policy": "uniform4"}),
+    ],
+)
+def test_graphs_hold_what_was_planned(block: type[nn.Module], bound: dict[str, Any]) -> None:
+    """An attention that runs again does so once, and rebuilds its result from what it reads; a
+    view that is saved is encoded when what it views is dead to the forward."""
+    (cut,) = trace(nn.Sequential(block(), block(), block()), torch.randn(16, 64, 32))
     found = plan_graph(cut, make(inner="aot_eager", min_bytes=1024, **bound))
     assert found.decision is not None
     result = rewrite(found.cut, found.decision.choices, "", channels_last=False)
