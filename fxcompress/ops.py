@@ -154,7 +154,7 @@ def region(policy: str) -> None:
 
 def fence(xs: Sequence[Tensor]) -> None:
     """Nothing: a compiler that believes the schema has them in memory by then, and reads
-    them anew after it (passes/realise.py, postpone.py, decodes.py).
+    them anew after it (passes/realise.py, settle.py).
 
     xs: intermediate results of the graph, never its inputs or outputs.
     """
