@@ -47,11 +47,8 @@ class Loops:
 
     @property
     def first(self) -> int:
+        """Where they run, once they are one kernel."""
         return min(self.places)
-
-    @property
-    def last(self) -> int:
-        return max(self.places)
 
 
 def takes_memory(earlier: Loops, later: Loops) -> bool:
@@ -59,9 +56,10 @@ def takes_memory(earlier: Loops, later: Loops) -> bool:
     written = sum(later.writes.values())
     for buffer in later.reads.values():
         outlives = bool(buffer.readers - earlier.places - later.places)
-        is_there = buffer.born is not None and buffer.born <= earlier.last
+        born = buffer.born
+        is_there = born is not None and (born <= earlier.first or born in earlier.places)
         if is_there and not outlives:
             written -= buffer.size
-        elif not is_there and buffer.born is not None and outlives:
+        elif born is not None and not is_there and outlives:
             written += buffer.size
     return written > SMALLEST

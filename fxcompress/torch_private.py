@@ -595,7 +595,7 @@ def keep_apart(partitioner: type, takes_memory: Callable[[Loops, Loops], bool]) 
         if not isinstance(config.custom_partitioner_fn, partitioner):
             return True
         earlier, later = sorted((_loops(scheduler, n) for n in (node1, node2)), key=_first)
-        between = range(earlier.last + 1, later.first)
+        between = range(earlier.first + 1, later.first)
         is_parted = any(n.min_order in between and _is_call(n) for n in scheduler.nodes)
         return not (is_parted and takes_memory(earlier, later))
 
