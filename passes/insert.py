@@ -21,8 +21,6 @@ from fxcompress.codecs import codec
 from fxcompress.passes import properties as prop
 from fxcompress.passes.standardise import Units, restore
 
-FENCE = torch.ops.fxcompress.fence.default
-
 _PROVENANCE = ("stack_trace", "nn_module_stack", "seq_nr", "autograd_backward", "custom")
 
 
@@ -176,7 +174,7 @@ def insert_decodes(
 
 def insert_fence(graph: fx.Graph, tensors: Sequence[fx.Node]) -> fx.Node:
     """A call at the insertion point that is said to write to the tensors: see ``ops.fence``."""
-    fence = graph.call_function(FENCE, (list(tensors),))
+    fence = graph.call_function(torch.ops.fxcompress.fence.default, (list(tensors),))
     fence.meta["val"] = None
     return fence
 

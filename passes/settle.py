@@ -47,17 +47,16 @@ def settle(cut: Cut, *, channels_last: bool) -> None:
 def _waiting(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
     """Pointwise results, each with the call that it waits for beyond other tensors for that call,
     in graph order."""
-    found, written = [], set[fx.Node]()
+    found = []
     for region in regions(graph):
         *before, call = region
         if not prop.is_extern(call):
             continue  # the nodes behind the last call
         operands = {prop.storage_root(n) for n in call.all_input_nodes if prop.is_tensor(n)}
-        operands = {n for n in operands if n in before} - written
+        operands.intersection_update(before)  # what is older is in memory
         for node in sorted(n for n in operands if prop.is_pointwise(n)):
             if any(node < other for other in operands if other is not node):
                 found.append((node, call))
-        written |= operands
     return found
 
 
