@@ -310,13 +310,16 @@ def _rebuilt(
         root = prop.storage_root(candidate.saved.forward)
         readers = [step.at[u] for u in candidate.saved.backward.users]
         first[root] = min([first.get(root, step.end), *readers])
+    nodes, is_call = list(step.at), prop.is_extern
     found, where = {}, {}
     for candidate in candidates:
         recipe = candidate.recipe
         if recipe is None:
             continue
-        start = first[prop.storage_root(candidate.saved.forward)]
-        end = max(step.last[candidate.saved.backward], start)
+        reader = first[prop.storage_root(candidate.saved.forward)]
+        # Before a call: what the steps take is dead when it runs. A loop may be one with them.
+        start = reader - (is_call(nodes[reader]) and not is_call(nodes[reader - 1]))
+        end = max(step.last[candidate.saved.backward], reader)
         total = step.span(start, end, candidate.own_bytes)
         total[start] += recipe.share * workspace_of(recipe, channels_last=channels_last)
         for root in recipe.roots:

@@ -103,6 +103,20 @@ class Products(nn.Module):
         return x + self.out(torch.softmax(q @ k.transpose(1, 2), -1) @ v)
 
 
+class Residual(nn.Module):
+    """Convolutions in whose backward rebuilt tensors are read, and others written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        first, second = (nn.Conv1d(64, 64, 1, bias=False) for _ in range(2))
+        norm, last = (nn.BatchNorm1d(64) for _ in range(2))
+        self.inner = nn.Sequential(first, norm, nn.ReLU(), second, last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.inner(x))
+
+
 @pytest.mark.parametrize(
     ("block", "bound"),
     [
@@ -110,12 +124,15 @@ class Products(nn.Module):
         (Block, {"ratio_saved": 12}),
         (Block, {"ratio": 2}),
         (Products, {"policy": "uniform4"}),
+        (Residual, {"ratio_saved": 12}),
     ],
 )
 def test_graphs_hold_what_was_planned(block: type[nn.Module], bound: dict[str, Any]) -> None:
     """An attention that runs again does so once, and rebuilds its result from what it reads; a
-    view that is saved is encoded when what it views is dead to the forward."""
-    (cut,) = trace(nn.Sequential(block(), block(), block()), torch.randn(16, 64, 32))
+    view that is saved is encoded when what it views is dead to the forward; what the steps of a
+    recipe take is dead when a call reads what they rebuild."""
+    blocks = [block() for _ in range(4)]
+    (cut,) = trace(nn.Sequential(*blocks), torch.randn(16, 64, 32))
     found = plan_graph(cut, make(inner="aot_eager", min_bytes=1024, **bound))
     assert found.decision is not None
     result = rewrite(found.cut, found.decision.choices, "", channels_last=False)
