@@ -393,7 +393,8 @@ def _layout_copies(step: Step) -> Bytes:
     """Copies that calls work on where the graph's layout is channels-last, while they run.
 
     Read off the allocator's events of ResNets on CPU: a convolution has its weight reordered, its
-    backward three times (two of them for the weight gradient); a scatter has its source copied.
+    backward three times (two of them for the weight gradient), or twice where the kernel is one
+    pixel, whose layouts are the same; a scatter has its source copied.
     """
     total = np.zeros(step.end + 1)
     copied = {"convolution": (1, 1), "convolution_backward": (2, 3), "scatter_add": (3, 1)}
@@ -402,7 +403,8 @@ def _layout_copies(step: Step) -> Bytes:
         if copies:
             operand = node.args[argument]
             assert isinstance(operand, fx.Node)
-            total[position] += copies * prop.tensor_bytes(operand)
+            is_pixel = copies == 3 and all(size == 1 for size in prop.value(operand).shape[2:])
+            total[position] += (copies - is_pixel) * prop.tensor_bytes(operand)
     return total
 
 
